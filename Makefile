@@ -1,0 +1,36 @@
+# Everything runs in .venv, which is made on first use.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)  ## train on 2 processes, then resume for more epochs
+	rm -rf runs/demo
+	$(BIN)/fabric run --devices 2 examples/digits.py --epochs 10 --out runs/demo
+	$(BIN)/fabric run --devices 2 examples/digits.py --epochs 15 --out runs/demo --resume | tee runs/demo/last.txt
+	grep -qx "world size 2" runs/demo/last.txt
+	grep -Eqx "test accuracy (0\.9[789]|1\.0).*" runs/demo/last.txt
+
+test: lint  ## lint, types and all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(READY)  ## the figures of the README, on this machine
+	for name in import_cost step launch checkpoint; do $(BIN)/python benchmarks/$$name.py; done
+
+clean:
+	rm -rf .venv runs build dist src/*.egg-info
+
+# torch first and alone: it is the large one, and the others then keep its version.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@

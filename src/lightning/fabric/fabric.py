@@ -1,0 +1,764 @@
+"""``Fabric``: the verbs of a training script, in the order of its life.
+
+Every method does three things: it says what is wrong with the call, takes our wrappers off, and makes one call down to
+the strategy, the precision or the launcher.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, DataLoader
+
+from lightning.fabric import _checks
+from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.connector import _PLUGIN_INPUT, _PRECISION_INPUT, _Connector, _is_using_cli
+from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.strategies.strategy import Strategy, _Sharded
+from lightning.fabric.utilities import seed as _seed
+from lightning.fabric.utilities.apply_func import (
+    apply_to_collection,
+    convert_tensors_to_scalars,
+    convert_to_tensors,
+    move_data_to_device,
+)
+from lightning.fabric.utilities.data import (
+    _auto_add_worker_init_fn,
+    _replace_dunder_methods,
+    distribute_dataloader,
+)
+from lightning.fabric.utilities.distributed import ReduceOp
+from lightning.fabric.utilities.optimizer import parameter_names, repoint_optimizers
+from lightning.fabric.utilities.rank_zero import rank_zero_deprecation, rank_zero_warn
+from lightning.fabric.utilities.registry import _load_external_callbacks
+from lightning.fabric.utilities.types import _PATH, LRScheduler
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.fabric.wrappers import (
+    _FabricDataLoader,
+    _FabricModule,
+    _FabricOptimizer,
+    _unwrap_compiled,
+    _unwrap_objects,
+    unwrap,
+)
+
+_T = TypeVar("_T")
+
+
+class Fabric:
+    """Takes an ordinary PyTorch script to any hardware and scale: you keep the loop, Fabric does the rest.
+
+    Five lines change: ``fabric = Fabric(...)``, ``fabric.launch()``, ``fabric.setup(model, optimizer)``,
+    ``fabric.setup_dataloaders(loader)`` and ``fabric.backward(loss)``. ``print(fabric)`` says what was chosen and why.
+    The constructor is cheap: it makes no process, joins no group and does not touch a GPU.
+
+    Args:
+        accelerator: ``"cpu"``, ``"cuda"``, ``"mps"``, ``"gpu"`` (whichever GPU there is), ``"tpu"``, ``"auto"`` (the
+            best there is) or an ``Accelerator``.
+        strategy: a name that ``STRATEGY_REGISTRY.available_strategies()`` lists, ``"auto"`` or a ``Strategy``.
+        devices: how many (an int), which (a list of indices), either as text, or ``"auto"``; for each node.
+        num_nodes: number of machines.
+        precision: ``"32-true"`` (the default), ``"16-mixed"``, ``"bf16-mixed"``, ``"bf16-true"``, ``"64-true"``.
+        plugins: a ``Precision``, ``ClusterEnvironment`` or ``CheckpointIO``, or several of different kinds.
+        callbacks: one object or several, whose methods :meth:`call` runs by name.
+        loggers: one logger or several, which :meth:`log` writes to.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, MisconfigurationException: before any process starts, when the flags do not
+            go together or the machine has not got what they ask for.
+
+    """
+
+    # ---- construct ---------------------------------------------------------------------------------------------------
+
+    def __init__(
+        self,
+        *,
+        accelerator: str | Accelerator = "auto",
+        strategy: str | Strategy = "auto",
+        devices: list[int] | str | int = "auto",
+        num_nodes: int = 1,
+        precision: _PRECISION_INPUT | None = None,
+        plugins: _PLUGIN_INPUT | list[_PLUGIN_INPUT] | None = None,
+        callbacks: list[Any] | Any | None = None,
+        loggers: Logger | list[Logger] | None = None,
+    ) -> None:
+        if _is_using_cli() and type(self).run is not Fabric.run:
+            raise TypeError(
+                f"{type(self).__name__} overrides `run()`, which starts processes itself, so it cannot be started with "
+                "`fabric run`. Start the script with `python`, or call `fabric.launch()` instead of overriding `run`."
+            )
+        self._connector = _Connector(
+            accelerator=accelerator,
+            strategy=strategy,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=precision,
+            plugins=plugins,
+        )
+        self._strategy: Strategy = self._connector.strategy
+        self._accelerator: Accelerator = self._connector.accelerator
+        self._precision = self._strategy.precision
+        self._callbacks: list[Any] = [*_as_list(callbacks), *_load_external_callbacks()]
+        self._loggers: list[Any] = _as_list(loggers)
+        self._models_setup = 0
+        self._launched = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass's ``run`` launches first."""
+        super().__init_subclass__(**kwargs)
+        if "run" in cls.__dict__:
+            cls.run = _launching_first(cls.__dict__["run"])  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}\n{self._connector.plan}"
+
+    # ---- launch ------------------------------------------------------------------------------------------------------
+
+    def launch(self, function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Make the processes exist and join them into one group; the script goes on in every one of them.
+
+        Call it once, early. Where another program has started the processes (``fabric run``, torchrun, a scheduler) it
+        only joins the group. On one device it may be left out.
+
+        Args:
+            function: run as ``function(fabric, *args, **kwargs)`` in each process. Needed by strategies that spawn or
+                fork; others also work without.
+
+        Returns:
+            What ``function`` returned on global rank 0.
+
+        Raises:
+            TypeError: if the strategy needs a function and there is none, or the function takes no argument.
+
+        """
+        launcher = self._strategy.launcher
+        needs_function = launcher is not None and launcher.needs_function and not self._launched
+        _checks.function_to_launch(function, needs_function, type(self._strategy).__name__)
+        return self._wrap_and_launch(_do_nothing if function is None else function, self, *args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Override it in a subclass to hold the whole training; calling it launches first."""
+
+    def _wrap_and_launch(self, to_run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        to_run = functools.partial(self._wrap_with_setup, to_run)
+        launcher = self._strategy.launcher
+        if launcher is None or self._launched:
+            return to_run(*args, **kwargs)
+        return launcher.launch(to_run, *args, **kwargs)
+
+    def _wrap_with_setup(self, to_run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Join the processes, then run ``to_run`` while dataloaders and batch samplers record their arguments."""
+        self._join()
+        with _replace_dunder_methods(DataLoader, "dataset"), _replace_dunder_methods(BatchSampler):
+            return to_run(*args, **kwargs)
+
+    def _join(self) -> None:
+        if not self._launched:
+            self._strategy.setup_environment()
+            self._launched = True
+
+    def _require_launch(self, what: str) -> None:
+        """Join where there is nothing to start: one process, or processes that ``fabric run`` has started."""
+        if not self._launched:
+            _checks.launched(self.world_size == 1 or _is_using_cli(), self.world_size, what)
+            self._join()
+
+    # ---- set up ------------------------------------------------------------------------------------------------------
+
+    def setup(
+        self,
+        module: nn.Module,
+        *optimizers: Optimizer,
+        scheduler: LRScheduler | None = None,
+        move_to_device: bool = True,
+        _reapply_compile: bool = True,
+    ) -> Any:
+        """Prepare a model and its optimizers: convert to the precision, move to the device, wrap for the strategy.
+
+        All ranks call it. The optimizers go on updating exactly the parameters that the model uses.
+
+        Args:
+            module: the model. If it is ``torch.compile``-d, it is compiled again, with the same options, on the outside
+                of the strategy's wrapper.
+            optimizers: none, one or several, made from the model's parameters.
+            scheduler: a learning-rate scheduler, which some strategies need to see.
+            move_to_device: ``False`` leaves the placement of parameters to you.
+            _reapply_compile: ``False`` leaves a compiled model compiled on the inside of the strategy's wrapper.
+
+        Returns:
+            The module alone, ``(module, *optimizers)``, or with ``scheduler`` ``(module, *optimizers, scheduler)``.
+
+        Raises:
+            ValueError: if the module or an optimizer is set up already.
+            TypeError: if what is passed is no module or no optimizer.
+            RuntimeError: before ``launch`` on several devices.
+
+        """
+        self._require_launch("setup")
+        _checks.module_to_set_up(module)
+        _checks.optimizers_to_set_up(optimizers)
+        inner, recompile = _unwrap_compiled(module) if _reapply_compile else (module, None)
+
+        inner = self._place(inner, optimizers, move_to_device)
+        original = _unwrap_compiled(inner)[0]
+        if optimizers or scheduler is not None:
+            forward_module, optimizers_, scheduler = self._strategy.setup_module_and_optimizers(
+                inner, list(optimizers), scheduler
+            )
+        else:
+            forward_module, optimizers_ = self._strategy.setup_module(inner), []
+        if recompile is not None:
+            forward_module = recompile(forward_module)
+
+        wrapped = self._wrap_module(forward_module, original, move_to_device)
+        wrapped_optimizers = [self._wrap_optimizer(optimizer) for optimizer in optimizers_]
+        if hasattr(original, "_fabric"):  # a LightningModule, which logs and steps through us
+            original._fabric = self
+            original._fabric_optimizers = wrapped_optimizers
+        self.call("on_after_setup", fabric=self, module=wrapped)
+
+        parts = [wrapped, *wrapped_optimizers, *([] if scheduler is None else [scheduler])]
+        return wrapped if len(parts) == 1 else tuple(parts)
+
+    def setup_module(
+        self, module: nn.Module, move_to_device: bool = True, _reapply_compile: bool = True
+    ) -> _FabricModule:
+        """:meth:`setup` for a model without optimizers: for inference, or before the optimizer is made.
+
+        All ranks call it. Arguments and errors are those of :meth:`setup`.
+        """
+        return self.setup(module, move_to_device=move_to_device, _reapply_compile=_reapply_compile)
+
+    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
+        """Prepare optimizers of a model that :meth:`setup_module` has prepared.
+
+        Returns:
+            The one optimizer, or a tuple in the given order.
+
+        Raises:
+            ValueError: if there is none, or one is set up already.
+            RuntimeError: before ``launch`` on several devices, or if the strategy sets both up together.
+
+        """
+        self._require_launch("setup_optimizers")
+        _checks.at_least_one(optimizers, "setup_optimizers", "optimizer")
+        _checks.optimizers_to_set_up(optimizers)
+        wrapped = tuple(self._wrap_optimizer(self._strategy.setup_optimizer(optimizer)) for optimizer in optimizers)
+        return wrapped[0] if len(wrapped) == 1 else wrapped
+
+    def setup_dataloaders(
+        self,
+        *dataloaders: DataLoader[Any],
+        use_distributed_sampler: bool = True,
+        move_to_device: bool = True,
+        replace_sampler: bool | None = None,
+    ) -> Any:
+        """Prepare dataloaders: each rank gets its own part of the data, on its device, reshuffled every epoch.
+
+        All ranks call it. The epoch advances at each new iteration over a loader.
+
+        Args:
+            dataloaders: one or several.
+            use_distributed_sampler: ``False`` keeps the loader's own sampler. Iterable datasets and loaders that have a
+                ``DistributedSampler`` keep theirs in any case.
+            move_to_device: ``False`` leaves batches where the loader puts them.
+            replace_sampler: the older name of ``use_distributed_sampler``.
+
+        Returns:
+            The one loader, or a list in the given order.
+
+        Raises:
+            ValueError: if there is none, or one is set up already.
+            TypeError: if one is not a ``DataLoader``, or a subclass of it cannot be made again with another sampler.
+            RuntimeError: before ``launch`` on several devices.
+
+        """
+        self._require_launch("setup_dataloaders")
+        _checks.dataloaders_to_set_up(dataloaders)
+        if replace_sampler is not None:
+            rank_zero_deprecation(
+                "`setup_dataloaders(replace_sampler=...)` is now called `use_distributed_sampler=...`. Rename it."
+            )
+            use_distributed_sampler = replace_sampler
+        wrapped = [self._setup_dataloader(loader, use_distributed_sampler, move_to_device) for loader in dataloaders]
+        return wrapped[0] if len(wrapped) == 1 else wrapped
+
+    def _setup_dataloader(
+        self, loader: DataLoader[Any], use_distributed_sampler: bool, move_to_device: bool
+    ) -> _FabricDataLoader:
+        replicas = self._strategy.distributed_sampler_kwargs
+        if use_distributed_sampler and replicas is not None:
+            loader = distribute_dataloader(loader, **replicas)
+        _auto_add_worker_init_fn(loader, self.global_rank)
+        loader = self._strategy.process_dataloader(loader)
+        return _FabricDataLoader(loader, self.device if move_to_device else None)
+
+    def _place(self, module: nn.Module, optimizers: tuple[Any, ...], move_to_device: bool) -> nn.Module:
+        """Convert to the precision and move to the device; the optimizers follow where that makes new parameters."""
+        before = parameter_names(module)
+        module = self._precision.convert_module(module)
+        if move_to_device:
+            _warn_about_several_devices(module, self.device)
+            self._strategy.module_to_device(module)
+        repoint_optimizers(optimizers, before, module)
+        return module
+
+    def _wrap_module(self, forward_module: nn.Module, original: nn.Module, on_our_device: bool) -> _FabricModule:
+        wrapped = _FabricModule(forward_module, self._strategy, original_module=original)
+        first = next(iter(original.parameters()), None)
+        own_device = torch.device("cpu") if first is None else first.device
+        wrapped._device = self.device if on_our_device else own_device
+        if first is not None:
+            wrapped._dtype = first.dtype
+        self._models_setup += 1
+        return wrapped
+
+    def _wrap_optimizer(self, optimizer: Any) -> _FabricOptimizer:
+        return _FabricOptimizer(optimizer, self._strategy, self._callbacks)
+
+    # ---- create tensors and models -----------------------------------------------------------------------------------
+
+    def init_tensor(self) -> AbstractContextManager[Any]:
+        """Tensors made inside are at once on the device and of the precision's dtype."""
+        return self._strategy.tensor_init_context()
+
+    def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Parameters of a module made inside are at once on the device and of the precision's dtype.
+
+        Args:
+            empty_init: ``True`` leaves weights uninitialised: only for a model whose every weight is loaded afterwards.
+                ``None`` lets the strategy decide.
+
+        Raises:
+            RuntimeError: before ``launch`` on several devices.
+
+        """
+        self._require_launch("init_module")
+        return self._strategy.module_init_context(empty_init=empty_init)
+
+    def sharded_model(self) -> AbstractContextManager[Any]:
+        """The older name of :meth:`init_module` for strategies that shard the model while it is made."""
+        rank_zero_deprecation("`fabric.sharded_model()` is deprecated. Please use `fabric.init_module()`.")
+        self._require_launch("sharded_model")
+        return self._strategy.module_sharded_context() if isinstance(self._strategy, _Sharded) else nullcontext()
+
+    # ---- step --------------------------------------------------------------------------------------------------------
+
+    def backward(self, tensor: Tensor, *args: Any, model: _FabricModule | None = None, **kwargs: Any) -> None:
+        """``loss.backward()``, with the loss scaled and gradients synchronised as precision and strategy need it.
+
+        Args:
+            tensor: the loss; ``args`` and ``kwargs`` go to its ``backward``.
+            model: the set-up model, for strategies that step several of them separately.
+
+        """
+        if model is not None:
+            _checks.set_up_module(model, "backward(model=...)")
+        self._strategy.backward(tensor, None if model is None else model._forward_module, *args, **kwargs)
+
+    def clip_gradients(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        clip_val: float | int | None = None,
+        max_norm: float | int | None = None,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor | None:
+        """Clip the gradients, by value or by norm, in place; scaled gradients are un-scaled first. All ranks call it.
+
+        Args:
+            module: the module that set-up returned.
+            optimizer: the optimizer that set-up returned.
+            clip_val: largest absolute value of a gradient's entry.
+            max_norm: largest norm of all gradients taken together.
+            norm_type: which p-norm; ``float("inf")`` for the largest absolute entry.
+            error_if_nonfinite: raise if the norm is infinite or not a number.
+
+        Returns:
+            The norm before clipping, a scalar tensor; ``None`` when clipping by value.
+
+        Raises:
+            ValueError: unless exactly one of ``clip_val`` and ``max_norm`` is given.
+
+        """
+        _checks.one_kind_of_clipping(clip_val, max_norm)
+        forward_module, own_optimizer = _forward_module(module), unwrap(optimizer)
+        self._precision.unscale_gradients(own_optimizer)
+        if clip_val is not None:
+            self._strategy.clip_gradients_value(forward_module, own_optimizer, clip_val=clip_val)
+            return None
+        return self._strategy.clip_gradients_norm(
+            forward_module,
+            own_optimizer,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            error_if_nonfinite=error_if_nonfinite,
+        )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision's forward context, for computation outside a set-up module's ``forward``."""
+        return self._precision.forward_context()
+
+    def no_backward_sync(self, module: _FabricModule, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Inside, gradients accumulate without being synchronised; forward and backward both belong inside.
+
+        Does nothing on one device. Strategies that cannot leave the synchronisation out say so once and go on.
+
+        Raises:
+            TypeError: if ``module`` is not one that set-up returned.
+
+        """
+        if not enabled:
+            return nullcontext()
+        module = _unwrap_compiled(module)[0]
+        _checks.set_up_module(module, "no_backward_sync")
+        control = self._strategy._backward_sync_control
+        if control is None:
+            _warn_without_backward_sync(type(self._strategy).__name__, self.world_size)
+            return nullcontext()
+        return control.no_backward_sync(_unwrap_compiled(module._forward_module)[0], enabled)
+
+    # ---- move data ---------------------------------------------------------------------------------------------------
+
+    @overload
+    def to_device(self, obj: nn.Module) -> nn.Module: ...
+    @overload
+    def to_device(self, obj: Tensor) -> Tensor: ...
+    @overload
+    def to_device(self, obj: Any) -> Any: ...
+    def to_device(self, obj: Any) -> Any:
+        """Move a module (in place), a tensor or a nested collection to this process's device, and return it."""
+        if isinstance(obj, nn.Module):
+            self._accelerator.setup_device(self.device)
+            self._strategy.module_to_device(obj)
+            return obj
+        return move_data_to_device(obj, device=self.device)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """``print`` on global rank 0 only."""
+        if self.is_global_zero:
+            print(*args, **kwargs)
+
+    # ---- talk to other ranks -----------------------------------------------------------------------------------------
+
+    def barrier(self, name: str | None = None) -> None:
+        """Collective: returns when all ranks have called it."""
+        self._require_launch("barrier")
+        self._strategy.barrier(name=name)
+
+    def broadcast(self, obj: _T, src: int = 0) -> _T:
+        """Collective: rank ``src``'s ``obj`` on every rank; it must pickle. On one process: ``obj`` itself."""
+        self._require_launch("broadcast")
+        return self._strategy.broadcast(obj, src=src)
+
+    def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
+        """Collective: every rank's ``data`` on every rank, tensors stacked along a new first dimension.
+
+        Args:
+            data: an int, a float, a tensor of shape ``(*)`` (equal on all ranks), or a nested collection of them.
+            group: a process group; the world if ``None``.
+            sync_grads: let gradients flow back to the ranks.
+
+        Returns:
+            The same nesting, each tensor of shape ``(world_size, *)``; on one device of unchanged shape.
+
+        """
+        self._require_launch("all_gather")
+        data = convert_to_tensors(data, device=self.device)
+        return apply_to_collection(data, Tensor, self._strategy.all_gather, group=group, sync_grads=sync_grads)
+
+    def all_reduce(self, data: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
+        """Collective: the mean (or ``"sum"``, or a ``ReduceOp``) over all ranks, on every rank.
+
+        Args:
+            data: an int, a float, a tensor (of equal shape on all ranks), or a nested collection of them.
+            group: a process group; the world if ``None``.
+            reduce_op: ``"mean"``, ``"avg"``, ``"sum"`` or a ``torch.distributed.ReduceOp``.
+
+        Returns:
+            The same nesting, as tensors.
+
+        """
+        self._require_launch("all_reduce")
+        data = convert_to_tensors(data, device=self.device)
+        return apply_to_collection(data, Tensor, self._strategy.all_reduce, group=group, reduce_op=reduce_op)
+
+    @contextmanager
+    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
+        """Rank 0 runs the block first, then all others do; for a download or a cache. All ranks enter it.
+
+        If it raises on rank 0, it is not run elsewhere and every rank raises.
+
+        Args:
+            local: the first rank of each node goes first, where nodes do not share files.
+
+        """
+        self._require_launch("rank_zero_first")
+        goes_first = (self.local_rank if local else self.global_rank) == 0
+        doing = "running a `rank_zero_first` block"
+        if not goes_first:
+            self._strategy.raise_on_all(None, doing)
+            yield
+            return
+        try:
+            yield
+        except BaseException as error:
+            with suppress(RuntimeError):  # tells the others; here the error itself is the one to see
+                self._strategy.raise_on_all(error, doing)
+            raise
+        self._strategy.raise_on_all(None, doing)
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        path: _PATH,
+        state: Mapping[str, Any],
+        filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        """Collective: write ``state`` to ``path``; when it returns, the file is there for every rank.
+
+        The file appears whole or not at all: it is written beside and renamed, so an older one survives a failure.
+
+        Args:
+            path: a file (or folder, for strategies that write one per rank), local or with an fsspec scheme. Missing
+                parent folders are made.
+            state: modules, optimizers, anything else with a ``state_dict()``, and plain values, by name.
+            filter: for some names of ``state``, a function ``(name, value) -> bool`` that picks entries to keep.
+
+        Raises:
+            TypeError: if ``filter`` or one of its functions is of a wrong type.
+            ValueError: if ``filter`` has a name that ``state`` has not.
+            RuntimeError: on every rank, if one fails to write.
+
+        """
+        if isinstance(path, Mapping):
+            rank_zero_deprecation("`fabric.save(content, path)` is now `fabric.save(path, state)`. Please swap them.")
+            path, state = state, path  # type: ignore[assignment]
+        self._require_launch("save")
+        if not isinstance(state, Mapping):
+            raise TypeError(f"`save` needs a dict of what to save, but got {state!r}. Pass e.g. {{'model': model}}.")
+        if filter is not None:
+            _checks.state_filter(filter, state)
+        error: Exception | None = None
+        try:
+            self._strategy.save_checkpoint(path=path, state=_unwrap_objects(state), filter=filter)
+        except Exception as raised:
+            error = raised
+        self._strategy.raise_on_all(error, f"saving {os.fspath(path)!r}")
+
+    def load(
+        self,
+        path: _PATH,
+        state: dict[str, Any] | None = None,
+        strict: bool = True,
+        *,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint; all ranks call it.
+
+        Args:
+            path: what :meth:`save` wrote.
+            state: objects under their names are restored in place, plain values are replaced in this dict. ``None``:
+                nothing is restored.
+            strict: every name of ``state`` must be in the file, and every parameter of a module.
+            weights_only: ``True`` (torch's default) refuses to unpickle anything but tensors and plain values;
+                ``False`` runs whatever code the file holds, so only for files you trust.
+
+        Returns:
+            The rest of the checkpoint, which ``state`` did not name; the whole of it without ``state``.
+
+        Raises:
+            FileNotFoundError: if there is nothing at ``path``.
+            KeyError: if ``strict`` and a name is missing from the file.
+
+        """
+        self._require_launch("load")
+        self._strategy.barrier("fabric.load")
+        plain = None if state is None else {name: unwrap(value) for name, value in state.items()}
+        restored = None if plain is None else dict(plain)
+        remainder = self._strategy.load_checkpoint(path=path, state=restored, strict=strict, weights_only=weights_only)
+        if state is not None and plain is not None and restored is not None:
+            state.update({name: value for name, value in restored.items() if value is not plain.get(name)})
+        return remainder
+
+    def load_raw(
+        self,
+        path: _PATH,
+        obj: nn.Module | Optimizer,
+        strict: bool = True,
+        *,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Load a file that holds a bare ``state_dict()`` into one module or optimizer; all ranks call it.
+
+        For files that Fabric has not written, such as ``torch.save(model.state_dict(), path)``.
+
+        Args:
+            path: the file.
+            obj: a module or an optimizer, set up or not.
+            strict: the module's parameters and the file's must have the same names.
+            weights_only: as in :meth:`load`.
+
+        """
+        self._require_launch("load_raw")
+        self._strategy.barrier("fabric.load_raw")
+        self._strategy.load_checkpoint(path=path, state=unwrap(obj), strict=strict, weights_only=weights_only)
+
+    # ---- log and call back -------------------------------------------------------------------------------------------
+
+    def log(self, name: str, value: Any, step: int | None = None) -> None:
+        """Write one scalar to every logger; on rank 0, nothing elsewhere."""
+        self.log_dict({name: value}, step=step)
+
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Write scalars (Python's, or tensors of one element) to every logger; on rank 0, nothing elsewhere."""
+        if not self._loggers:
+            return
+        scalars = convert_tensors_to_scalars(metrics)
+        for logger in self._loggers:
+            logger.log_metrics(metrics=scalars, step=step)
+
+    def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
+        """Run the method ``hook_name`` of every callback that has one, in order."""
+        for callback in self._callbacks:
+            method = getattr(callback, hook_name, None)
+            if method is None:
+                continue
+            if not callable(method):
+                rank_zero_warn(
+                    f"{type(callback).__name__}.{hook_name} is {method!r}, which cannot be called, so "
+                    f"`fabric.call({hook_name!r})` skips it. Make it a method."
+                )
+                continue
+            method(*args, **kwargs)
+
+    @staticmethod
+    def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:
+        """Seed Python's, numpy's and torch's generators, and those of dataloader workers unless ``workers=False``.
+
+        Returns:
+            The seed: the one given, else that of ``PL_GLOBAL_SEED``, else 0.
+
+        Raises:
+            ValueError: if it is no integer between 0 and 2**32 - 1.
+
+        """
+        return _seed.seed_everything(seed, workers=True if workers is None else workers, verbose=verbose)
+
+    # ---- ask ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """What kind of hardware this runs on."""
+        return self._accelerator
+
+    @property
+    def strategy(self) -> Strategy:
+        """How the work is spread over devices."""
+        return self._strategy
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return self._strategy.root_device
+
+    @property
+    def global_rank(self) -> int:
+        """This process's number among all, from 0."""
+        return getattr(self._strategy, "global_rank", 0)
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number among those of its machine, from 0."""
+        return getattr(self._strategy, "local_rank", 0)
+
+    @property
+    def node_rank(self) -> int:
+        """This machine's number, from 0."""
+        return getattr(self._strategy, "node_rank", 0)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes on all machines."""
+        return getattr(self._strategy, "world_size", 1)
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the main process."""
+        return self._strategy.is_global_zero
+
+    @property
+    def loggers(self) -> list[Any]:
+        """All loggers."""
+        return self._loggers
+
+    @property
+    def logger(self) -> Any:
+        """The first logger.
+
+        Raises:
+            IndexError: if there is none.
+
+        """
+        if not self._loggers:
+            raise IndexError("There is no logger. Pass one: `Fabric(loggers=CSVLogger('logs'))`.")
+        return self._loggers[0]
+
+
+def _do_nothing(fabric: Fabric) -> None:
+    """What ``launch()`` runs without a function: the script itself goes on."""
+
+
+def _launching_first(run: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(run)
+    def launch_and_run(self: Fabric, *args: Any, **kwargs: Any) -> Any:
+        if self._launched:
+            return run(self, *args, **kwargs)
+        # goes by the object, not by `run`: the function under this wrapper cannot be pickled by name
+        return self._wrap_and_launch(_run, self, *args, **kwargs)
+
+    return launch_and_run
+
+
+def _run(fabric: Fabric, *args: Any, **kwargs: Any) -> Any:
+    return fabric.run(*args, **kwargs)
+
+
+def _as_list(objects: Any) -> list[Any]:
+    if objects is None:
+        return []
+    return list(objects) if isinstance(objects, (list, tuple)) else [objects]
+
+
+def _forward_module(module: nn.Module) -> nn.Module:
+    module = _unwrap_compiled(module)[0]
+    return _unwrap_compiled(module._forward_module)[0] if isinstance(module, _FabricModule) else module
+
+
+def _warn_about_several_devices(module: nn.Module, target: torch.device) -> None:
+    devices = {parameter.device for parameter in module.parameters()}
+    if len(devices) > 1:
+        found = ", ".join(sorted(map(str, devices)))
+        rank_zero_warn(
+            f"The model's parameters are on several devices ({found}); all of them are moved to {target}. "
+            "To keep them where they are, pass `move_to_device=False`.",
+            category=PossibleUserWarning,
+        )
+
+
+@functools.cache
+def _warn_without_backward_sync(strategy: str, world_size: int) -> None:
+    if world_size > 1:
+        rank_zero_warn(
+            f"{strategy} cannot leave out gradient synchronisation, so `no_backward_sync` changes nothing. "
+            "Results are right; each micro-batch is synchronised.",
+            category=PossibleUserWarning,
+        )

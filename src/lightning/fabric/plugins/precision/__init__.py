@@ -1,0 +1,21 @@
+"""Which dtypes the weights, the computation and the gradients have."""
+
+from typing import TYPE_CHECKING
+
+from lightning.fabric._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.precision.amp import MixedPrecision as MixedPrecision
+    from lightning.fabric.plugins.precision.double import DoublePrecision as DoublePrecision
+    from lightning.fabric.plugins.precision.half import HalfPrecision as HalfPrecision
+    from lightning.fabric.plugins.precision.precision import Precision as Precision
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "lightning.fabric.plugins.precision.amp": ["MixedPrecision"],
+        "lightning.fabric.plugins.precision.double": ["DoublePrecision"],
+        "lightning.fabric.plugins.precision.half": ["HalfPrecision"],
+        "lightning.fabric.plugins.precision.precision": ["Precision"],
+    },
+)

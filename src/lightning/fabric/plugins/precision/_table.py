@@ -1,0 +1,65 @@
+"""The names of precisions and the classes behind them; knows no torch."""
+
+import importlib
+from typing import Any, NamedTuple
+
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.text import did_you_mean
+
+
+class _Entry(NamedTuple):
+    target: str  # "module:Class"
+    kwargs: dict[str, Any]
+
+
+_HERE = "lightning.fabric.plugins.precision"
+_TABLE: dict[str, _Entry | None] = {  # None: a name that is known, for a plugin that this version does not have
+    "64-true": _Entry(f"{_HERE}.double:DoublePrecision", {}),
+    "32-true": _Entry(f"{_HERE}.precision:Precision", {}),
+    "16-true": _Entry(f"{_HERE}.half:HalfPrecision", {"precision": "16-true"}),
+    "bf16-true": _Entry(f"{_HERE}.half:HalfPrecision", {"precision": "bf16-true"}),
+    "16-mixed": _Entry(f"{_HERE}.amp:MixedPrecision", {"precision": "16-mixed"}),
+    "bf16-mixed": _Entry(f"{_HERE}.amp:MixedPrecision", {"precision": "bf16-mixed"}),
+    "transformer-engine": None,
+    "transformer-engine-float16": None,
+}
+_SAME_MEANING = {"64": "64-true", "32": "32-true"}
+_FOR_HISTORY = {"16": "16-mixed", "bf16": "bf16-mixed"}
+
+PRECISIONS: tuple[str, ...] = tuple(_TABLE)
+"""The canonical names."""
+
+
+def canonical(precision: object) -> str:
+    """Return the canonical name of what a user passes as ``precision=``: a string, an int or None (``"32-true"``).
+
+    Anything else raises ``ValueError``. ``16`` and ``"bf16"`` are accepted with a warning that gives the long form.
+    """
+    if precision is None:
+        return "32-true"
+    name = str(precision) if type(precision) is int else precision
+    if isinstance(name, str):
+        name = _SAME_MEANING.get(name, name)
+        if name in _FOR_HISTORY:
+            _nudge(precision, _FOR_HISTORY[name])
+            return _FOR_HISTORY[name]
+        if name in _TABLE:
+            return name
+    hint = did_you_mean(precision, PRECISIONS) if isinstance(precision, str) else ""
+    known = ", ".join(map(repr, PRECISIONS))
+    raise ValueError(f"Unknown precision {precision!r}.{hint} Known: {known}, and 64, 32, 16, 'bf16' for short.")
+
+
+def build_precision(name: str, device_type: str) -> Any:
+    """Return a new precision plugin for a canonical ``name``, to compute on ``device_type`` (``"cpu"``, ``"cuda"``)."""
+    entry = _TABLE[name]
+    if entry is None:
+        works = ", ".join(repr(known) for known, entry in _TABLE.items() if entry)
+        raise NotImplementedError(f"precision={name!r} is not available in this version. These are: {works}.")
+    module, _, cls = entry.target.partition(":")
+    kwargs = {**entry.kwargs, "device": device_type} if name.endswith("-mixed") else entry.kwargs
+    return getattr(importlib.import_module(module), cls)(**kwargs)
+
+
+def _nudge(given: object, name: str) -> None:
+    rank_zero_warn(f"precision={given!r} means {name!r}. Write precision={name!r} to say so.")

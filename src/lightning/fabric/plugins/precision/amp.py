@@ -1,0 +1,115 @@
+"""Mixed precision: weights in 32 bit, computation in 16 where that is safe (autocast)."""
+
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
+from torch.optim import LBFGS, Optimizer
+
+from lightning.fabric.plugins.precision._dtypes import cast_floating
+from lightning.fabric.plugins.precision.precision import Precision
+
+_DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+class MixedPrecision(Precision):
+    """``precision="16-mixed"`` and ``"bf16-mixed"``.
+
+    Args:
+        precision: With ``"16-mixed"`` the loss is scaled, so that small gradients survive in float16.
+        device: The type of the device that computes, ``"cuda"`` or ``"cpu"``.
+        scaler: Scales the loss in place of a ``torch.amp.GradScaler`` with its defaults. Only for ``"16-mixed"``.
+    """
+
+    def __init__(
+        self, precision: Literal["16-mixed", "bf16-mixed"], device: str, scaler: GradScaler | None = None
+    ) -> None:
+        if precision not in _DTYPES:
+            raise ValueError(f"`MixedPrecision` is for precision '16-mixed' or 'bf16-mixed', but got {precision!r}.")
+        if scaler is not None and precision != "16-mixed":
+            raise ValueError(
+                f"`MixedPrecision` with precision={precision!r} needs no scaler, but got {scaler!r}. "
+                "Leave `scaler` out, or use precision='16-mixed'."
+            )
+        self.precision = precision
+        self.device = device
+        self._scaler = scaler
+        self._update_due = False
+        self._autocast: dict[str, Any] | None = None
+
+    @property
+    def scaler(self) -> GradScaler | None:
+        """The gradient scaler of 16-mixed, with the latest scale; None for bf16-mixed."""
+        if self._update_due and self._scaler is not None:
+            self._update_due = False
+            self._scaler.update()
+        return self._made_scaler()
+
+    @scaler.setter
+    def scaler(self, scaler: GradScaler | None) -> None:
+        self._scaler = scaler
+        self._update_due = False
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        if torch.compiler.is_compiling():  # the compiler understands this, but not what follows
+            return torch.autocast(self.device, dtype=_DTYPES[self.precision])
+        # Making a `torch.autocast` checks the device and the dtype each time, which costs half as much as entering it.
+        # Each forward gets a fresh copy of one that was checked, because forwards may be nested.
+        if self._autocast is None:
+            self._autocast = vars(torch.autocast(self.device, dtype=_DTYPES[self.precision]))
+        context = torch.autocast.__new__(torch.autocast)
+        context.__dict__.update(self._autocast)
+        return context
+
+    def convert_input(self, data: Any) -> Any:
+        return cast_floating(data, torch.float32)
+
+    def convert_output(self, data: Any) -> Any:
+        return cast_floating(data, torch.get_default_dtype())
+
+    def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        if (scaler := self.scaler) is not None:
+            tensor = scaler.scale(tensor)
+        tensor.backward(*args, **kwargs)
+
+    def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
+        if (scaler := self._made_scaler()) is None:
+            return optimizer.step(**kwargs)
+        if isinstance(optimizer, LBFGS):
+            raise TypeError(
+                "precision='16-mixed' does not work with the optimizer LBFGS, which calls its closure several times "
+                "per step while the gradients are scaled. Use precision='bf16-mixed', or another optimizer."
+            )
+        loss = None
+        if (closure := kwargs.pop("closure", None)) is not None:
+            with torch.enable_grad():
+                loss = closure()
+        result = scaler.step(optimizer, **kwargs)
+        # The scale may change only when all optimizers of this backward have stepped. Nobody says which those are,
+        # so the update waits for the next backward, or for somebody who looks at the scaler.
+        self._update_due = True
+        return result if closure is None else loss
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        scaler = self._scaler
+        if scaler is None or not scaler.is_enabled():
+            return
+        if scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+            scaler.unscale_(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if (scaler := self.scaler) is not None and state_dict:
+            scaler.load_state_dict(state_dict)
+
+    def _made_scaler(self) -> GradScaler | None:
+        # Made on first use and not with the plugin, because making one asks CUDA whether it is there, and a process
+        # that has asked cannot be forked.
+        if self._scaler is None and self.precision == "16-mixed":
+            self._scaler = GradScaler(self.device)
+        return self._scaler

@@ -1,0 +1,93 @@
+"""The contract of a precision, which is 32-bit itself."""
+
+from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_PRECISION_INPUT_INT: TypeAlias = Literal[64, 32, 16]
+_PRECISION_INPUT_STR_ALIAS: TypeAlias = Literal["64", "32", "16", "bf16"]
+_PRECISION_INPUT_STR: TypeAlias = Literal[
+    "64-true",
+    "32-true",
+    "16-true",
+    "bf16-true",
+    "16-mixed",
+    "bf16-mixed",
+    "transformer-engine",
+    "transformer-engine-float16",
+]
+_PRECISION_INPUT: TypeAlias = _PRECISION_INPUT_INT | _PRECISION_INPUT_STR_ALIAS | _PRECISION_INPUT_STR
+
+
+class Precision:
+    """Decides the dtypes of weights, of computation and of the gradients' way to the optimizer.
+
+    Every method here does what full 32-bit training needs, which is mostly nothing. A subclass overrides what is
+    different. Used in this order: :meth:`convert_module` once; then in each forward :meth:`convert_input`,
+    :meth:`forward_context`, :meth:`convert_output`; in each backward :meth:`pre_backward`, :meth:`backward`,
+    :meth:`post_backward`; before clipping :meth:`unscale_gradients`; and :meth:`optimizer_step`.
+    """
+
+    precision: _PRECISION_INPUT_STR = "32-true"
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Return ``module`` with parameters and buffers of the right dtype. Changes it in place where it can."""
+        return module
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        """Return a context in which new floating-point tensors get this precision's dtype."""
+        return nullcontext()
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Return a context in which new modules get parameters of this precision's dtype."""
+        return nullcontext()
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Return a context for one forward; entered once, for each forward anew."""
+        return nullcontext()
+
+    def convert_input(self, data: Any) -> Any:
+        """Return the nested ``data`` with its floating-point tensors in the dtype that the forward computes in.
+
+        Tensors of other dtypes, other objects and the nesting stay as they are. Nothing is changed in place.
+        """
+        return data
+
+    def convert_output(self, data: Any) -> Any:
+        """Return the nested ``data`` with its floating-point tensors in torch's default dtype."""
+        return data
+
+    def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
+        """Run before :meth:`backward`; ``tensor`` is the loss."""
+
+    def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients of ``tensor``; the arguments are those of ``torch.Tensor.backward``."""
+        tensor.backward(*args, **kwargs)
+
+    def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
+        """Run after :meth:`backward`."""
+
+    def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
+        """Step ``optimizer``, with ``closure=`` if the user gave one, and return what the step returned."""
+        return optimizer.step(**kwargs)
+
+    def main_params(self, optimizer: Optimizer) -> Generator[Tensor, None, None]:
+        """Yield the parameters that ``optimizer`` updates."""
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Bring the gradients of ``optimizer`` to their true size. Calling it again before the step does nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must be in a checkpoint to go on as before."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+
+    def teardown(self) -> None:
+        """Undo what outlives the run. May be called more than once."""

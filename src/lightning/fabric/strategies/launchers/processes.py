@@ -1,0 +1,179 @@
+"""The processes of one launch on this node: who runs, who failed first, and how all of them are ended."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Protocol
+
+from lightning.fabric.strategies.launchers import report
+from lightning.fabric.strategies.launchers.report import Failure
+
+_POLL = 0.02  # seconds between two looks at the processes
+_SLOW_POLL = 0.2
+_SETTLE = 3.0  # seconds that an error about a lost peer waits for the failure behind it
+_LINGER = 5.0  # seconds that a rank may take to exit after it raised
+
+
+class Process(Protocol):
+    """What is needed of a started process: ``subprocess.Popen`` has it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while the process runs."""
+
+
+class Worker:
+    """A ``multiprocessing`` process in the shape of `Process`."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid or 0
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while the process runs."""
+        return self._process.exitcode
+
+
+class RankProcesses:
+    """Processes by global rank, with the folder in which they leave their errors. Safe to use from several threads."""
+
+    def __init__(self, directory: str | os.PathLike[str], whole_groups: bool = False) -> None:
+        """``whole_groups``: every process leads a process group, which is ended with it."""
+        self.directory = Path(directory)
+        self._processes: dict[int, Process] = {}
+        self._exits: dict[int, tuple[int, float]] = {}
+        self._ended_by_us: set[int] = set()
+        self._whole_groups = whole_groups
+        self._lock = threading.RLock()
+
+    def add(self, rank: int, process: Process) -> None:
+        """Take charge of a process that was just started."""
+        self._processes[rank] = process
+
+    def running(self) -> list[int]:
+        """The ranks whose process has not ended."""
+        with self._lock:
+            for rank in self._processes.keys() - self._exits.keys():
+                code = self._processes[rank].poll()
+                if code is not None:
+                    self._exits[rank] = (code, time.time())
+            return sorted(self._processes.keys() - self._exits.keys())
+
+    def failures(self) -> list[Failure]:
+        """Errors that ranks left behind, and deaths that were not our doing."""
+        with self._lock:
+            self.running()
+            raised = {failure.rank: failure for failure in report.read_errors(self.directory)}
+            died = [
+                Failure(rank, when, code)
+                for rank, (code, when) in self._exits.items()
+                if code != 0 and rank not in raised and rank not in self._ended_by_us
+            ]
+            return sorted([*raised.values(), *died], key=lambda failure: failure.rank)
+
+    def has_failed(self) -> bool:
+        """Whether a rank has ended badly, or has raised and does not get to its end."""
+        running = self.running()
+        if any(code != 0 for code, _ in self._exits.values()):
+            return True
+        return any(time.time() - error.when > _LINGER for error in self._errors_of(running))
+
+    def _errors_of(self, ranks: Iterable[int]) -> list[Failure]:
+        return [error for error in report.read_errors(self.directory) if error.rank in ranks]
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until every process has ended well (True), or one has failed or the seconds are over (False)."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pause = _POLL
+        while not self.has_failed():
+            if not self.running():
+                return True
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+            time.sleep(pause)
+            pause = min(pause * 1.05, _SLOW_POLL)  # a long run is not worth many looks
+        return False
+
+    def wait_for_all(self, timeout: float) -> None:
+        """Block until every process has ended, well or not, or ``timeout`` seconds are over."""
+        deadline = time.monotonic() + timeout
+        while self.running() and time.monotonic() < deadline:
+            time.sleep(_POLL)
+
+    def first_cause(self) -> Failure | None:
+        """The failure behind the others; an error about a lost peer gives the others some seconds to show theirs."""
+        deadline = time.monotonic() + _SETTLE
+        while True:
+            cause = report.first_cause(self.failures())
+            if cause is None or not cause.is_echo or not self.running() or time.monotonic() > deadline:
+                return cause
+            time.sleep(_POLL)
+
+    def send(self, number: int, ranks: Iterable[int] | None = None) -> None:
+        """Send a signal to the processes that still run (of ``ranks``, if given)."""
+        with self._lock:
+            for rank in set(self.running()).intersection(self._processes if ranks is None else ranks):
+                self._send_one(self._processes[rank].pid, number)
+
+    def _send_one(self, pid: int, number: int) -> None:
+        # A process leads its group from its own first line on; it may also have ended, reaped by somebody else.
+        for send in (os.killpg, os.kill) if self._whole_groups else (os.kill,):
+            with contextlib.suppress(ProcessLookupError):
+                send(pid, number)
+                return
+
+    def end(self, grace: float = 5.0) -> None:
+        """End whatever still runs: SIGTERM, and SIGKILL for those that are there ``grace`` seconds later."""
+        self._ended_by_us.update(self.running())
+        for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
+            if number == signal.SIGTERM and grace <= 0:
+                continue
+            self.send(number)
+            self.wait_for_all(patience)
+        if self._whole_groups:  # what the ranks themselves have started
+            for process in self._processes.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def end_with_parent(parent_is_alive: Callable[[], bool]) -> None:
+    """Make this process end soon after ``parent_is_alive()`` has become false."""
+
+    def watch() -> NoReturn:
+        while parent_is_alive():
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise SystemExit
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def follow_launcher(rank: int, folder: str | os.PathLike[str], parent: int) -> None:
+    """Make this process a rank of the launcher with the pid ``parent``, which started it.
+
+    It ends when the launcher does, and leaves an uncaught exception in ``folder`` for the launcher to print.
+    """
+    end_with_parent(lambda: os.getppid() == parent)
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        report.write_error(folder, rank, error.with_traceback(trace))
+        if previous is not sys.__excepthook__:  # the user's
+            previous(kind, error, trace)
+
+    sys.excepthook = hook

@@ -1,0 +1,179 @@
+"""Start the ranks by running the script again. This process is the first rank; the others are its children."""
+
+import atexit
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.strategies.launchers import calls, report
+from lightning.fabric.strategies.launchers.command import command_of_this_program, directory_of_this_program
+from lightning.fabric.strategies.launchers.launcher import _Launcher
+from lightning.fabric.strategies.launchers.processes import RankProcesses, follow_launcher
+from lightning.fabric.strategies.launchers.report import Failure
+
+_FROM_LAUNCHER = "LT_LAUNCH"  # what a child has to know: JSON with the parent's pid, the folder for errors, threads
+_GRACE = 3.0  # seconds that the script has to raise by itself after another rank has failed
+_FAREWELL = 20.0  # seconds that the interpreter has to end after the script has raised
+
+
+class _SubprocessScriptLauncher(_Launcher):
+    """Run this program's own command again for the local ranks 1 to ``num_processes`` - 1 of this machine.
+
+    A child that fails ends this process and the other children within seconds, also when they wait in a collective;
+    a page about the first failure is the last thing printed. At its normal end this process waits for the children.
+    Where the environment has started the processes already, none is started here.
+    """
+
+    def __init__(self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> None:
+        self._cluster_environment = cluster_environment
+        self._num_processes = num_processes
+        self._num_nodes = num_nodes
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        return False
+
+    def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Start the other ranks, once, and return ``function(*args, **kwargs)``.
+
+        Raises:
+            RuntimeError: There is no script that could be run again.
+        """
+        if self._cluster_environment.creates_processes_externally:
+            _set_num_threads(self._num_processes)
+            _become_child()
+        else:
+            self._start_children()
+        return function(*args, **kwargs)
+
+    def _start_children(self) -> None:
+        command = command_of_this_program() if self._num_processes > 1 else []
+        environment = self._cluster_environment
+        world_size = self._num_nodes * self._num_processes
+        os.environ.update(
+            MASTER_ADDR=environment.main_address,
+            MASTER_PORT=str(environment.main_port),
+            NODE_RANK=str(environment.node_rank()),
+            LOCAL_RANK="0",
+            WORLD_SIZE=str(world_size),
+        )
+        threads = _set_num_threads(self._num_processes)
+        if self._num_processes == 1:
+            return
+        first = environment.node_rank() * self._num_processes
+        folder = tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True)
+        from_launcher = json.dumps({"parent": os.getpid(), "errors": folder.name, "threads": threads, "first": first})
+        ranks = RankProcesses(folder.name)
+        for local_rank in range(1, self._num_processes):
+            env = {**os.environ, "LOCAL_RANK": str(local_rank), _FROM_LAUNCHER: from_launcher}
+            directory = directory_of_this_program()
+            child = subprocess.Popen(command, env=env, cwd=directory, stdin=subprocess.DEVNULL)
+            ranks.add(first + local_rank, child)
+        _FirstRank(first, world_size, ranks, folder).take_charge()
+
+
+def _set_num_threads(num_processes: int) -> int | None:
+    """Give this rank its share of the cores; return the number if it was not the user who has set it."""
+    from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+
+    set_by_user = "OMP_NUM_THREADS" in os.environ
+    _set_num_threads_if_needed(num_processes)
+    return None if set_by_user else int(os.environ["OMP_NUM_THREADS"])
+
+
+# -- in a child
+
+
+def _become_child() -> None:
+    """Follow the parent: the same threads, an error file in its folder, an end when it ends."""
+    text = os.environ.pop(_FROM_LAUNCHER, None)  # not for the processes that the script starts
+    if text is None:  # somebody else's process, or a second launch in the same one
+        return
+    launch = json.loads(text)
+    if launch["threads"] is not None:
+        import torch
+
+        torch.set_num_threads(launch["threads"])
+    rank = launch["first"] + int(os.environ["LOCAL_RANK"])
+    follow_launcher(rank, launch["errors"], launch["parent"])
+
+
+# -- in the parent
+
+
+class _FirstRank:
+    """This process as the first rank of its machine, in charge of the others."""
+
+    def __init__(
+        self, rank: int, world_size: int, ranks: RankProcesses, folder: tempfile.TemporaryDirectory[str]
+    ) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._ranks = ranks
+        self._folder = folder
+        self._pid = os.getpid()
+        self._script_has_ended = threading.Event()
+        self._is_over = False
+
+    def take_charge(self) -> None:
+        """Watch the other ranks from now on, and see this process's own end."""
+        self._previous_hook = sys.excepthook
+        self._stderr = sys.stderr  # other hooks may have put something else there when the page is printed
+        sys.excepthook = self._script_has_raised
+        atexit.register(self._wait_for_others)
+        threading.Thread(target=self._watch, name="watch-ranks", daemon=True).start()
+
+    def _watch(self) -> None:
+        if self._ranks.wait():
+            return
+        # The main thread is told by the lost connection, and can say where it was. If it cannot, or does not get to
+        # its end, this process must end all the same.
+        if not self._script_has_ended.wait(_GRACE):
+            self._exit_with_page()
+        time.sleep(_FAREWELL)
+        os._exit(1)
+
+    def _script_has_raised(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if os.getpid() != self._pid:  # a fork that the script has made
+            self._previous_hook(kind, error, trace)
+            return
+        self._script_has_ended.set()
+        report.write_error(self._ranks.directory, self._rank, error.with_traceback(trace))
+        _, failures = self._end_others()
+        if self._previous_hook is not sys.__excepthook__:  # the user's
+            self._previous_hook(kind, error, trace)
+        self._print_page(failures)
+
+    def _wait_for_others(self) -> None:
+        if os.getpid() != self._pid or self._is_over:
+            return
+        self._script_has_ended.set()
+        calls.destroy_process_group()  # whoever still waits for this rank must not wait for ever
+        if not self._ranks.wait():
+            logging.shutdown()  # the rest of the interpreter's farewell is skipped
+            self._exit_with_page()
+
+    def _end_others(self) -> tuple[Failure | None, list[Failure]]:
+        self._is_over = True
+        cause, failures = self._ranks.first_cause(), self._ranks.failures()
+        self._ranks.end()
+        return cause, failures
+
+    def _exit_with_page(self) -> None:
+        cause, failures = self._end_others()
+        self._print_page(failures)
+        self._folder.cleanup()
+        os._exit(cause.shell_code if cause is not None else 1)
+
+    def _print_page(self, failures: list[Failure]) -> None:
+        sys.stdout.flush()
+        print(report.page(failures, self._world_size), file=self._stderr, end="", flush=True)

@@ -1,0 +1,496 @@
+"""What a strategy is: where processes, devices and replicas come from, and what that changes about torch's verbs."""
+
+import copy
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.plugins.precision.precision import Precision
+from lightning.fabric.strategies._single_file import (
+    _apply_filter,
+    _validate_keys_for_strict_loading,
+    check_module,
+    check_optimizer,
+    is_stateful,
+    load_optimizer,
+    own_module_state,
+)
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.fabric.utilities.init import _EmptyInit
+from lightning.fabric.utilities.types import _PATH, ReduceOp
+
+if TYPE_CHECKING:
+    from lightning.fabric.strategies.launchers.launcher import _Launcher
+
+__all__ = ["Strategy", "TBroadcast", "_apply_filter", "_validate_keys_for_strict_loading"]
+
+TBroadcast = TypeVar("TBroadcast")
+
+_FULL_PRECISION = Precision()  # has no state, so every strategy without a precision of its own shares it
+_NO_CONTEXT: AbstractContextManager[None] = nullcontext()  # may be entered any number of times
+
+
+class _BackwardSyncControl(ABC):
+    """Switches the synchronisation of gradients in backward off, for strategies that have one."""
+
+    @abstractmethod
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        """Return a context in which backward leaves ``module``'s gradients unsynchronised, if ``enabled``.
+
+        Forward and backward both run inside. Every rank calls it alike. ``module`` is what ``setup_module`` returned;
+        with ``enabled`` anything else raises ``TypeError``.
+        """
+
+
+class _NothingToSync(_BackwardSyncControl):
+    """For strategies whose backward never synchronises."""
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        return _NO_CONTEXT
+
+
+class _Sharded(ABC):
+    """For strategies that split the module while it is being made."""
+
+    @abstractmethod
+    def module_sharded_context(self) -> AbstractContextManager[None]:
+        """Return the context in which layers are made and wrapped, so that no rank ever holds the whole module."""
+
+
+class Strategy(ABC):
+    """How one module is trained on the devices there are.
+
+    The calls, in the order in which they come:
+
+    1. *construct*: no device, file or process is touched; the object can be pickled.
+    2. ``accelerator``, ``precision``, ``checkpoint_io`` may be set where they were not given.
+    3. ``_configure_launcher``, then ``launcher``: makes the processes, unless None.
+    4. ``setup_environment``, in every process: the device becomes current, the ranks are known.
+    5. ``module_init_context``, ``tensor_init_context``, ``process_dataloader``.
+    6. ``setup_module_and_optimizers``, or ``setup_module`` and later ``setup_optimizer``; ``module_to_device`` comes
+       before, where the user did not ask to keep the placement.
+    7. The step: ``batch_to_device``, ``_backward_sync_control``, ``backward``, ``clip_gradients_*``,
+       ``optimizer_step``; and the collectives.
+    8. ``save_checkpoint``, ``load_checkpoint``.
+    9. ``teardown``.
+
+    Modules and optimizers passed in are torch's own, never the wrappers that users hold; *module* is what
+    ``setup_module`` returned in step 7, and the user's own in step 8. Methods marked *collective* are called by every
+    rank, in the same order.
+
+    A strategy of your own overrides what is different. Abstract are only the facts and verbs that have no sensible
+    default for more than one process.
+    """
+
+    runs_on: ClassVar[frozenset[str] | None] = None
+    """Names of the accelerators it can run on; None: any."""
+    start_method: str | None = None
+    """How it starts the other processes: popen, spawn, fork, forkserver; None: it starts none."""
+
+    global_rank: int = 0
+    local_rank: int = 0
+    node_rank: int = 0
+    world_size: int = 1
+
+    _backward_sync_control: _BackwardSyncControl | None = None  # None: cannot be asked for
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        self._accelerator = accelerator
+        self._checkpoint_io = checkpoint_io
+        self._precision = precision
+        self._launcher: _Launcher | None = None
+
+    # ---- parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """What kind of device this runs on; None until chosen."""
+        return self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator | None) -> None:
+        self._accelerator = accelerator
+
+    @property
+    def precision(self) -> Precision:
+        """Dtypes and loss scaling; full precision unless set."""
+        return self._precision if self._precision is not None else _FULL_PRECISION
+
+    @precision.setter
+    def precision(self, precision: Precision | None) -> None:
+        self._precision = precision
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """Writes and reads files; ``torch.save`` and ``torch.load`` unless set."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = TorchCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @property
+    def launcher(self) -> "_Launcher | None":
+        """What makes the processes; None: this process is all there is."""
+        return self._launcher
+
+    # ---- facts ---------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def root_device(self) -> torch.device:
+        """The device of this process."""
+
+    @property
+    @abstractmethod
+    def is_global_zero(self) -> bool:
+        """Whether this is the process that writes files and talks to the user."""
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
+        """``num_replicas`` and ``rank`` of the sampler; None: every process sees all the data."""
+        return None
+
+    # ---- processes -----------------------------------------------------------------------------------------------
+
+    def _configure_launcher(self) -> None:
+        """Set ``self._launcher``, if processes have to be made."""
+        self._launcher = None
+
+    def setup_environment(self) -> None:
+        """Make this process's device current, and join the other processes. Every process calls it once, launched."""
+        if self.accelerator is not None:
+            self.accelerator.setup_device(self.root_device)
+
+    # ---- objects -------------------------------------------------------------------------------------------------
+
+    def process_dataloader(self, dataloader: DataLoader) -> Any:
+        """Return what is iterated in place of ``dataloader``, whose sampler is distributed already."""
+        return dataloader
+
+    @contextmanager
+    def tensor_init_context(self) -> Iterator[None]:
+        """Tensors made inside are on the device of this process and in the dtype of the precision."""
+        with self.root_device, self.precision.tensor_init_context():
+            yield
+
+    @contextmanager
+    def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Modules made inside are on the device of this process and in the dtype of the precision.
+
+        ``empty_init=True`` allocates parameters without filling them, for those who load them next. None is False.
+        """
+        with self.root_device, _EmptyInit(enabled=bool(empty_init)), self.precision.module_init_context():
+            yield
+
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        """Set both up together; each comes back in its place."""
+        module = self.setup_module(module)
+        return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Return the module whose ``forward`` is called in training, with ``module`` inside."""
+        return module
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Return the optimizer that is stepped."""
+        return optimizer
+
+    @abstractmethod
+    def module_to_device(self, module: nn.Module) -> None:
+        """Move ``module`` in place to where ``setup_module`` wants it."""
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None) -> Any:
+        """Return ``batch``, any nesting of tensors, on ``device``; None: on this process's."""
+        return move_data_to_device(batch, device or self.root_device)
+
+    # ---- the step ------------------------------------------------------------------------------------------------
+
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients of the loss ``tensor`` and synchronise them; extra arguments go to ``Tensor.backward``."""
+        precision = self.precision
+        precision.pre_backward(tensor, module)
+        precision.backward(tensor, module, *args, **kwargs)
+        precision.post_backward(tensor, module)
+
+    def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
+        """Step, through the gradient scaler where there is one; ``closure=`` is the only keyword. Returns its loss."""
+        return self.precision.optimizer_step(optimizer, **kwargs)
+
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        """Scale the gradients of ``optimizer``'s parameters in place, so that together their norm is ``max_norm``.
+
+        Collective where gradients are sharded. Returns the norm before clipping, a tensor without dimensions; 0 if
+        there is no gradient.
+
+        Raises:
+            RuntimeError: with ``error_if_nonfinite``, if the norm is not finite; gradients are left alone then.
+
+        """
+        self.precision.unscale_gradients(optimizer)
+        parameters = [p for p in self.precision.main_params(optimizer) if p.grad is not None]
+        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type)
+        if error_if_nonfinite and not torch.isfinite(total):
+            raise RuntimeError(_nonfinite_message(self._module_with_state(module), parameters, norm_type, total))
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+        return total
+
+    def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
+        """Bound every gradient of ``optimizer``'s parameters to ``[-clip_val, clip_val]`` in place."""
+        self.precision.unscale_gradients(optimizer)
+        nn.utils.clip_grad_value_(self.precision.main_params(optimizer), clip_value=clip_val)
+
+    # ---- other ranks ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Collective: every rank's ``tensor``, all of one shape, stacked along a new first dimension.
+
+        ``sync_grads`` lets gradients flow back to each rank's tensor. One process: the tensor itself.
+        """
+
+    @abstractmethod
+    def all_reduce(
+        self, tensor: Tensor | Any, group: Any = None, reduce_op: ReduceOp | str | None = "mean"
+    ) -> Tensor | Any:
+        """Collective: ``tensor`` combined over ranks by ``mean``, ``avg``, ``sum`` or a torch ``ReduceOp``.
+
+        What is no tensor comes back as it is.
+        """
+
+    @abstractmethod
+    def barrier(self, name: str | None = None) -> None:
+        """Collective: wait until every rank is here. ``name`` is for error messages."""
+
+    @abstractmethod
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        """Collective: rank ``src``'s ``obj`` on every rank, as a new object everywhere but on ``src``.
+
+        ``0 <= src < world_size``; ``obj`` must pickle, and only ``src``'s is read. One process: ``obj`` itself.
+        """
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Collective: whether every rank (``all``), or at least one, says True."""
+        return decision
+
+    def raise_on_all(self, error: BaseException | None, doing: str) -> None:
+        """Collective: if any rank passes an ``error``, raise on every rank; else do nothing.
+
+        A rank with an error of its own raises that. The others raise ``RuntimeError`` with the error of the lowest rank
+        that has one. ``doing`` completes "failed while", as in "saving the checkpoint".
+        """
+        if error is not None:
+            raise error
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        path: _PATH,
+        state: MutableMapping[str, Any],
+        storage_options: Any = None,
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        """Collective: write ``state`` to ``path``; rank 0 alone writes, and nobody waits for it.
+
+        ``state`` mixes modules, optimizers, anything with ``state_dict()``, and plain values. ``filter`` maps keys
+        of it to ``(name, value) -> bool``. Tensors are written from where they are, no copy is made.
+        """
+        # on every rank: the state of an object may be collected from all of them
+        checkpoint = self._state_dicts(state, filter or {})
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint=checkpoint, path=path, storage_options=storage_options)
+
+    def _state_dicts(
+        self,
+        state: MutableMapping[str, Any],
+        filter: dict[str, Callable[[str, Any], bool]],
+    ) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = {}
+        for key, obj in state.items():
+            value = obj
+            if isinstance(obj, nn.Module):
+                value = self.get_module_state_dict(obj)
+            elif isinstance(obj, Optimizer):
+                value = self.get_optimizer_state(obj)
+            elif callable(getattr(obj, "state_dict", None)):
+                value = obj.state_dict()
+            _apply_filter(key, filter, value, checkpoint)
+        return checkpoint
+
+    def load_checkpoint(
+        self,
+        path: _PATH,
+        state: nn.Module | Optimizer | MutableMapping[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Collective: restore ``state`` in place from ``path``, and return what the file has besides.
+
+        ``state`` is what ``save_checkpoint`` takes; a module or an optimizer for a file that holds a bare state dict;
+        or None, to get all of the file. Plain values are replaced in ``state``. Keys and shapes are checked before
+        anything is changed, and nothing refers to the file afterwards.
+
+        Raises:
+            KeyError: if ``strict`` and the file lacks a key of ``state``.
+            RuntimeError: if a module does not fit: by its keys if ``strict``, by its shapes in any case.
+            ValueError: if an optimizer does not fit.
+
+        """
+        if state is None or (isinstance(state, MutableMapping) and not state):
+            return _read(self.checkpoint_io, path, weights_only, mmap=False)[0]
+        checkpoint, mapped = _read(self.checkpoint_io, path, weights_only, mmap=True)
+        if not isinstance(state, MutableMapping):
+            self._check_fits(type(state).__name__, state, checkpoint, strict)
+            if not self._restore(state, checkpoint, strict, mapped):
+                raise TypeError(f"`state` must be a dict, a module or an optimizer, but got {state!r}.")
+            return {}
+        if not isinstance(checkpoint, MutableMapping):
+            raise TypeError(
+                f"{str(path)!r} holds {type(checkpoint).__name__}, not a dict with the keys {list(state)}. "
+                "For a file with a bare state dict, use `load_raw`."
+            )
+        _validate_keys_for_strict_loading(state.keys(), checkpoint.keys(), strict)
+        found = {key: checkpoint.pop(key) for key in state if key in checkpoint}
+        for key, saved in found.items():
+            self._check_fits(f"state[{key!r}]", state[key], saved, strict)
+        for key, saved in found.items():
+            if not self._restore(state[key], saved, strict, mapped):
+                state[key] = copy.deepcopy(saved) if mapped else saved
+        return dict(copy.deepcopy(checkpoint) if mapped else checkpoint)
+
+    def _check_fits(self, name: str, obj: Any, saved: Any, strict: bool) -> None:
+        if isinstance(obj, nn.Module):
+            check_module(self._module_with_state(obj), saved, strict, name)
+        elif isinstance(obj, Optimizer):
+            check_optimizer(obj, saved, name)
+
+    def _restore(self, obj: Any, saved: Any, strict: bool, mapped: bool) -> bool:
+        """Load ``saved`` into ``obj``; False if ``obj`` is a plain value."""
+        if isinstance(obj, nn.Module):
+            saved = own_module_state(self._module_with_state(obj), saved) if mapped else saved
+            self.load_module_state_dict(obj, saved, strict=strict)
+        elif isinstance(obj, Optimizer):
+            load_optimizer(obj, saved, mapped)
+        elif is_stateful(obj):
+            obj.load_state_dict(copy.deepcopy(saved) if mapped else saved)
+        else:
+            return False
+        return True
+
+    def _module_with_state(self, module: nn.Module) -> nn.Module:
+        """Return the module whose names are those of the state dict."""
+        return module
+
+    def get_module_state_dict(self, module: nn.Module) -> dict[str, Any | Tensor]:
+        """Return ``module``'s state under the user's names: the tensors themselves, not copies."""
+        return self._module_with_state(module).state_dict()
+
+    def load_module_state_dict(
+        self, module: nn.Module, state_dict: dict[str, Any | Tensor], strict: bool = True
+    ) -> None:
+        """Copy ``state_dict``, with the user's names, into ``module``."""
+        self._module_with_state(module).load_state_dict(state_dict, strict=strict)
+
+    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Collective for optimizers that share their state out over ranks: then rank 0 gets all, the others nothing."""
+        consolidate = getattr(optimizer, "consolidate_state_dict", None)
+        if consolidate is None:
+            return optimizer.state_dict()
+        consolidate()
+        return optimizer.state_dict() if self.is_global_zero else {}
+
+    # ---- end -----------------------------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        """Let go of everything; calling it again does nothing."""
+        self.precision.teardown()
+        if self.accelerator is not None:
+            self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+    @classmethod  # noqa: B027
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Add the names of this class, with their presets, to ``strategy_registry``."""
+
+
+class _OneProcess:
+    """Collectives in a world of one process: nothing is to be combined, and every answer is the input."""
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return tensor
+
+    def all_reduce(self, tensor: Any, group: Any = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
+        return tensor
+
+    def barrier(self, name: str | None = None) -> None:
+        return None
+
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        return obj
+
+
+def _nonfinite_message(module: nn.Module, parameters: Iterable[Tensor], norm_type: float, total: Tensor) -> str:
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    bad = [
+        names.get(id(p), f"a parameter of shape {tuple(p.shape)}")
+        for p in parameters
+        if p.grad is not None and not torch.isfinite(p.grad).all()
+    ]
+    where = f"Not finite are those of: {', '.join(bad[:10])}" + (f" and {len(bad) - 10} more" if bad[10:] else "")
+    return (
+        f"The total norm of order {norm_type} of the gradients is non-finite ({total.item()}): they cannot be clipped. "
+        + (where if bad else "Each gradient is finite, their norm overflows")
+        + ". To go on regardless, or to let a gradient scaler skip this step, pass `error_if_nonfinite=False`."
+    )
+
+
+@cache
+def _options_of_load(io_class: type[CheckpointIO]) -> frozenset[str]:
+    """Which of our keywords the class's ``load_checkpoint`` takes; older ones know the path alone."""
+    parameters = inspect.signature(io_class.load_checkpoint).parameters
+    options = frozenset({"weights_only", "mmap"})
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return options
+    return options & parameters.keys()
+
+
+def _read(io: CheckpointIO, path: _PATH, weights_only: bool | None, mmap: bool) -> tuple[Any, bool]:
+    """Return the file's content, and whether its tensors may still be in the file."""
+    options = _options_of_load(type(io))
+    if weights_only is not None and "weights_only" not in options:
+        raise TypeError(
+            f"weights_only={weights_only!r} cannot be honoured: `{type(io).__name__}.load_checkpoint` has no such "
+            "parameter. Add it there, or leave it out here."
+        )
+    wanted: dict[str, Any] = {"weights_only": weights_only} if "weights_only" in options else {}
+    if mmap and "mmap" in options:
+        wanted["mmap"] = True
+    return io.load_checkpoint(path, **wanted), "mmap" in wanted

@@ -1,0 +1,491 @@
+"""What the user holds in place of a module, an optimizer and a dataloader: looks like the original, reroutes one call.
+
+Wrappers are put on and taken off in ``fabric.py`` and nowhere else. What they need is looked up when they are made, so
+that a training step pays for nothing but the call.
+"""
+
+import copy
+import functools
+import inspect
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.data import DataLoader
+
+from lightning.fabric.plugins.precision.precision import Precision
+from lightning.fabric.strategies.strategy import Strategy
+from lightning.fabric.utilities.apply_func import apply_to_collection, move_data_to_device
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
+
+_STEP_METHODS = frozenset({"training_step", "validation_step", "test_step", "predict_step"})
+_METHOD_KEY = "_fabric_method"  # travels with the call, so it reaches replicas and other threads too
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+
+class _Dispatch:
+    """Stands in for a module's ``forward`` while a method other than ``forward`` is being routed.
+
+    A call that carries a method's name runs that method; every other call (the method calling ``self(x)`` itself, or
+    another thread) runs the ``forward`` that was there before. It keeps no state of a call, so calls may nest and run
+    in several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls_in_flight = 0
+        self._patched_forward: Any = None  # an instance-level `forward` that the user has put there
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        name = kwargs.pop(_METHOD_KEY, None)
+        if name is not None:
+            return getattr(module, name)(*args, **kwargs)
+        if self._patched_forward is not None:
+            return self._patched_forward(*args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
+
+    @contextmanager
+    def installed(self, module: nn.Module) -> Iterator[None]:
+        with self._lock:
+            if self._calls_in_flight == 0:
+                self._patched_forward = module.__dict__.get("forward")
+                module.__dict__["forward"] = types.MethodType(self, module)
+            self._calls_in_flight += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls_in_flight -= 1
+                if self._calls_in_flight == 0:
+                    self._restore(module)
+
+    def _restore(self, module: nn.Module) -> None:
+        if self._patched_forward is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = self._patched_forward
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Dispatch, ()
+
+
+class _FabricModule(_DeviceDtypeModuleMixin):
+    """The user's module; calls go through precision and strategy, everything else straight to the original.
+
+    ``forward_module`` is what the strategy made of ``original_module`` (the same object where it made nothing).
+    """
+
+    def __init__(self, forward_module: nn.Module, strategy: Strategy, original_module: nn.Module | None = None) -> None:
+        # kept out of nn.Module's registry: names of parameters are those of the original
+        own = self.__dict__
+        own["_original_module"] = forward_module if original_module is None else original_module
+        own["_forward_module"] = forward_module
+        own["_strategy"] = strategy
+        super().__init__()
+        precision = strategy.precision
+        own["_precision"] = precision
+        own["_is_plain"] = _does_nothing_around_forward(precision)
+        own["_wrapped_by_strategy"] = _unwrap_compiled(forward_module)[0] is not own["_original_module"]
+        own["_dispatch"] = _Dispatch()
+        own["_forward_methods"] = {
+            name for name in _STEP_METHODS if callable(getattr(own["_original_module"], name, None))
+        }
+        own["_routes"] = {}
+
+    # -- what is rerouted
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module under its precision and strategy; floating-point inputs and outputs are converted."""
+        if self._is_plain:
+            return self._forward_module(*args, **kwargs)
+        return self._run(self._forward_module, args, kwargs)
+
+    def mark_forward_method(self, method: str | Callable[..., Any]) -> None:
+        """Let ``module.<method>(...)`` go the same way as ``forward``.
+
+        Args:
+            method: a method of the original module, or its name.
+
+        Raises:
+            ValueError: for ``forward`` itself, which always goes that way.
+            AttributeError: if the original module has no such method.
+            TypeError: for anything but a name or a method.
+
+        """
+        if not isinstance(method, str) and not inspect.ismethod(method):
+            raise TypeError(
+                f"`mark_forward_method` takes a method or the name of one, but got {method!r}. "
+                "Pass e.g. 'generate' or `model.generate`."
+            )
+        name = method if isinstance(method, str) else method.__name__
+        if name == "forward":
+            raise ValueError("`forward` always runs through Fabric and cannot be marked. Mark other methods only.")
+        if not callable(getattr(self._original_module, name, None)):
+            raise AttributeError(
+                f"{type(self._original_module).__name__} has no method {name!r} to mark as a forward method. "
+                "Check its spelling, or mark it after it was added."
+            )
+        self._forward_methods.add(name)
+
+    def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        precision = self._precision
+        args = precision.convert_input(args)
+        if kwargs:
+            kwargs = precision.convert_input(kwargs)
+        with precision.forward_context():
+            output = function(*args, **kwargs)
+        return precision.convert_output(output)
+
+    def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if self._forward_module is self._original_module:
+            return self._run(getattr(self._original_module, name), args, kwargs)
+        with self._dispatch.installed(self._original_module):
+            return self._run(functools.partial(self._forward_module, **{_METHOD_KEY: name}), args, kwargs)
+
+    def _call_guarded(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        with _no_computation_past(self, name):
+            return getattr(self._original_module, name)(*args, **kwargs)
+
+    # -- what is forwarded
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that was set up, the identical object."""
+        return self._original_module
+
+    @property  # type: ignore[override]
+    def training(self) -> bool:
+        """Whether the original module is in training mode."""
+        return self._original_module.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_is_plain" in self.__dict__:  # not while nn.Module.__init__ runs: the original keeps its mode
+            self._original_module.training = mode
+
+    def train(self, mode: bool = True) -> "_FabricModule":
+        """Set the training mode of the original module and of what wraps it."""
+        self._forward_module.train(mode)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original module's state: keys carry no wrapper's prefix."""
+        return self._original_module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Load into the original module; keys carry no wrapper's prefix."""
+        return self._original_module.load_state_dict(state_dict, strict=strict, **kwargs)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Part of ``load_state_dict`` of a module that has a set-up module inside."""
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        outcome = self._original_module.load_state_dict(own, strict=False)
+        missing_keys += [prefix + key for key in outcome.missing_keys]
+        unexpected_keys += [prefix + key for key in outcome.unexpected_keys]
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The original module's parameters under the original's names."""
+        return self._original_module.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """The original module's buffers under the original's names."""
+        return self._original_module.named_buffers(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The original module (under the empty name) and everything in it."""
+        return self._original_module.named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The original module's children."""
+        return self._original_module.named_children()
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> "_FabricModule":
+        """Apply ``fn`` to the original module and everything in it."""
+        self._original_module.apply(fn)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_FabricModule":
+        self._original_module._apply(fn, recurse)
+        return super()._apply(fn, recurse=False)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(\n  (module): {_indented(repr(self._forward_module))}\n)"
+
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__
+        if "_original_module" not in own:  # while being unpickled or copied
+            raise AttributeError(name)
+        value = getattr(own["_original_module"], name)
+        if name in own.get("_forward_methods", ()):
+            return self._route(name, self._call_method)
+        if own.get("_wrapped_by_strategy") and inspect.ismethod(value) and value.__self__ is own["_original_module"]:
+            return self._route(name, self._call_guarded)
+        return value
+
+    def _route(self, name: str, through: Callable[..., Any]) -> Callable[..., Any]:
+        """One callable per name and way, made when it is first asked for."""
+        route = self._routes.get(name)
+        if route is None or route.func.__func__ is not through.__func__:  # type: ignore[attr-defined]
+            route = self._routes[name] = functools.partial(through, name)
+        return route
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__ or hasattr(type(self), name) or "_is_plain" not in self.__dict__:
+            super().__setattr__(name, value)
+        else:  # what `forward` reads as `self.name` lives on the original
+            setattr(self._original_module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self._original_module, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_FabricModule":
+        clone = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self._strategy)], memo[id(self._precision)] = self._strategy, self._precision
+        clone.__dict__.update(copy.deepcopy({**self.__dict__, "_routes": {}}, memo))
+        return clone
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._original_module)})
+
+
+def _does_nothing_around_forward(precision: Precision) -> bool:
+    hooks = ("convert_input", "convert_output", "forward_context")
+    return all(getattr(type(precision), hook) is getattr(Precision, hook) for hook in hooks) and not any(
+        hook in vars(precision) for hook in hooks
+    )
+
+
+@contextmanager
+def _no_computation_past(wrapper: _FabricModule, name: str) -> Iterator[None]:
+    """Refuse, in this thread, that a part of the module runs without the strategy having been called first."""
+    this_thread = threading.get_ident()
+    strategy_was_called = False
+
+    def refuse(module: nn.Module, _: Any) -> None:
+        nonlocal strategy_was_called
+        if threading.get_ident() != this_thread or strategy_was_called:
+            return
+        if module is wrapper or module is wrapper._forward_module:
+            strategy_was_called = True
+            return
+        if any(module is part for part in wrapper._original_module.modules()):
+            raise RuntimeError(
+                f"`{name}()` runs {type(module).__name__}'s forward past Fabric's strategy and precision, so gradients "
+                f"would not be synchronised. Mark it once after set-up: `model.mark_forward_method({name!r})`."
+            )
+
+    hook = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n  ")
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+class _Step:
+    """``optimizer.step`` of the wrapper: goes first even where a scheduler has patched the original's ``step``."""
+
+    def __get__(self, wrapper: Any, owner: type) -> Any:
+        return _FabricOptimizer._step if wrapper is None else wrapper._step_override or wrapper._step
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        wrapper._step_override = value
+
+
+class _FabricOptimizer:
+    """The user's optimizer; ``step`` goes through the strategy, everything else straight through.
+
+    Calling this class gives an instance of both this class and the optimizer's own, which shares the original's
+    attributes: whatever is set on one is seen by the other.
+    """
+
+    __slots__ = ("_callbacks", "_optimizer", "_step_override", "_strategy")
+
+    def __new__(cls, optimizer: Any, strategy: Strategy, callbacks: list[Any] | None = None) -> "_FabricOptimizer":
+        if cls is not _FabricOptimizer:
+            return super().__new__(cls)
+        return super().__new__(_optimizer_class(type(optimizer)))
+
+    def __init__(self, optimizer: Any, strategy: Strategy, callbacks: list[Any] | None = None) -> None:
+        self.__dict__ = optimizer.__dict__  # noqa: PLE0237
+        self._optimizer = optimizer
+        self._strategy = strategy
+        self._callbacks = [] if callbacks is None else callbacks
+        self._step_override = None
+
+    step = _Step()
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step through the strategy and the precision's scaler; returns what the strategy returns."""
+        optimizer = self._optimizer
+        if self._callbacks:
+            self._call("on_before_optimizer_step", optimizer)
+        output = (
+            self._strategy.optimizer_step(optimizer)
+            if closure is None
+            else self._strategy.optimizer_step(optimizer, closure=closure)
+        )
+        self.__dict__["_opt_called"] = True
+        if self._callbacks:
+            self._call("on_after_optimizer_step", self._strategy, optimizer)
+        return output
+
+    # what torch's schedulers look for: the step is counted above, they need not patch it
+    _step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    def _call(self, hook: str, *args: Any) -> None:
+        for callback in self._callbacks:
+            method = getattr(callback, hook, None)
+            if callable(method):
+                method(*args)
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer that was set up, the identical object."""
+        return self._optimizer
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state as the strategy gives it (gathered where it is sharded)."""
+        return self._strategy.get_optimizer_state(self._optimizer)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load into the original optimizer."""
+        self._optimizer.load_state_dict(state_dict)
+
+    def __reduce__(self) -> Any:
+        return _FabricOptimizer, (self._optimizer, self._strategy, self._callbacks)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__reduce__()
+
+
+@functools.cache
+def _optimizer_class(original: type) -> type:
+    return types.new_class(f"Fabric{original.__name__}", (_FabricOptimizer, original), {}, _set_module)
+
+
+def _set_module(namespace: dict[str, Any]) -> None:
+    namespace["__module__"] = __name__
+
+
+# ---- dataloaders -----------------------------------------------------------------------------------------------------
+
+
+class _FabricDataLoader:
+    """The user's dataloader; batches arrive on ``device`` (``None``: left where they are), epochs are counted."""
+
+    def __init__(self, dataloader: DataLoader[Any], device: torch.device | None = None) -> None:
+        own = self.__dict__
+        own["_dataloader"] = dataloader
+        own["_device"] = device
+        own["_last_epoch"] = None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where batches are moved to, or ``None``."""
+        return self._device
+
+    def __len__(self) -> int:
+        return len(self._dataloader)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._advance_epoch()
+        if self._device is None:
+            yield from self._dataloader
+            return
+        device = self._device
+        for batch in self._dataloader:
+            yield move_data_to_device(batch, device)
+
+    def _advance_epoch(self) -> None:
+        """The next epoch; where the user has called ``set_epoch`` since the last one, the epoch that they set."""
+        last, now = self._last_epoch, _sampler_epoch(self._dataloader)
+        following = 0 if last is None else last + 1
+        epoch = following if now is None or now == last else now
+        _set_sampler_epoch(self._dataloader, epoch)
+        self.__dict__["_last_epoch"] = epoch
+
+    def __getattr__(self, name: str) -> Any:
+        if "_dataloader" not in self.__dict__:  # while being unpickled or copied
+            raise AttributeError(name)
+        return getattr(self._dataloader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._dataloader, name, value)
+
+
+def _sampler_epoch(dataloader: DataLoader[Any]) -> int | None:
+    for sampler in (dataloader.sampler, getattr(dataloader.batch_sampler, "sampler", None)):
+        epoch = getattr(sampler, "epoch", None)
+        if isinstance(epoch, int):
+            return epoch
+    return None
+
+
+# ---- taking wrappers off ---------------------------------------------------------------------------------------------
+
+
+def _unwrap_compiled(module: Any) -> tuple[Any, Callable[[nn.Module], nn.Module] | None]:
+    """``torch.compile(module)`` → the module, and what compiles another module with the same options; else no change.
+
+    ``None`` in the second place says that the module was not compiled.
+    """
+    if not _is_compiled(module):
+        return module, None
+    return module._orig_mod, module.dynamo_ctx
+
+
+def _is_compiled(module: Any) -> bool:
+    # importing the class costs a second, and where nobody has imported it nothing can be compiled
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def unwrap(obj: Any) -> Any:
+    """The user's own module, optimizer or dataloader behind our wrapper and behind ``torch.compile``."""
+    if isinstance(obj, _FabricModule):
+        obj = obj._original_module
+    elif isinstance(obj, _FabricOptimizer):
+        return obj._optimizer
+    elif isinstance(obj, _FabricDataLoader):
+        return obj._dataloader
+    return _unwrap_compiled(obj)[0]
+
+
+def _unwrap_objects(collection: Any) -> Any:
+    """:func:`unwrap` for every module, optimizer and dataloader in a nested collection."""
+    return apply_to_collection(
+        collection, dtype=(_FabricModule, _FabricOptimizer, _FabricDataLoader, nn.Module), function=unwrap
+    )
+
+
+def is_wrapped(obj: object) -> bool:
+    """Whether ``obj`` is a module, optimizer or dataloader that Fabric has set up."""
+    return isinstance(_unwrap_compiled(obj)[0], (_FabricModule, _FabricOptimizer, _FabricDataLoader))

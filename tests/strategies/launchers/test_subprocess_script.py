@@ -1,0 +1,152 @@
+"""The script run again for the other ranks: same threads and options, one page at a failure, no process left behind."""
+
+import json
+import os
+import signal
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+LAUNCH = """
+    import json, os, signal, sys, time
+    from pathlib import Path
+
+    import torch
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    rank = fabric.global_rank
+"""
+
+
+def last_line(text):
+    return text.rstrip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("launcher", ["python", "fabric run"])
+def test_a_killed_rank_ends_the_job_and_is_named(launched_by, launcher):
+    script = f"""{LAUNCH}
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fabric.barrier()
+    """
+    result = launched_by(launcher, script)
+    assert result.returncode == {"python": 1, "fabric run": 137}[launcher]
+    assert last_line(result.stderr) == (
+        "First cause: rank 1 was killed by signal SIGKILL, perhaps out of memory (exit code 137)"
+    )
+
+
+@pytest.mark.parametrize("launcher", ["python", "fabric run"])
+def test_the_exception_is_shown_once_and_not_its_echo(launched_by, launcher):
+    script = f"""{LAUNCH}
+    def step():
+        if rank == 1:
+            raise ValueError("broken")
+        fabric.barrier()
+
+    step()
+    """
+    result = launched_by(launcher, script)
+    assert result.returncode == 1
+    assert last_line(result.stderr) == "First cause: rank 1 raised ValueError: broken (exit code 1)"
+    assert result.stderr.count("Traceback (most recent call last)") == 1
+    assert "launchers" not in result.stderr, "no frames but the script's"
+
+
+def test_a_first_rank_that_waits_is_ended_too(launched_by):
+    script = f"""{LAUNCH}
+    if rank == 1:
+        sys.exit(7)
+    time.sleep(1000)
+    """
+    result = launched_by("python", script)
+    assert result.returncode == 7
+    assert last_line(result.stderr) == "First cause: rank 1 ended without an exception (exit code 7)"
+
+
+def test_the_first_ranks_own_exception_ends_the_others(launched_by):
+    script = f"""{LAUNCH}
+    print(os.getpid())
+    if rank == 0:
+        raise ValueError("mine")
+    time.sleep(1000)
+    """
+    result = launched_by("python", script)
+    assert result.returncode == 1
+    assert last_line(result.stderr) == "First cause: rank 0 raised ValueError: mine (exit code 1)"
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in result.stdout.split())
+
+
+def test_a_rank_that_is_still_busy_finishes_and_its_failure_counts(launched_by):
+    script = f"""{LAUNCH}
+    fabric.barrier()
+    if rank == 1:
+        time.sleep(1)
+        print("still busy", flush=True)
+        raise ValueError("late")
+    """
+    result = launched_by("python", script)
+    assert result.stdout == "still busy\n"
+    assert result.returncode == 1
+    assert last_line(result.stderr) == "First cause: rank 1 raised ValueError: late (exit code 1)"
+
+
+def test_every_rank_has_the_same_command_folder_and_threads(programs):
+    script = f"""{LAUNCH}
+    os.chdir("..")
+    second = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    second.launch()
+    facts = [sys.argv, sys.warnoptions, __spec__ and __spec__.name, torch.get_num_threads(), second.world_size]
+    print(json.dumps([os.getpid(), os.environ["LOCAL_RANK"], facts]) + chr(10), end="", flush=True)
+    """
+    programs.write(script, "package/train.py")
+    result = programs.run("-W", "ignore::ImportWarning", "-m", "package.train", "a b")
+    assert result.returncode == 0, result.stderr
+    (pid0, rank0, facts0), (pid1, rank1, facts1) = sorted(
+        map(json.loads, result.stdout.split("\n")[:2]), key=lambda f: f[1]
+    )
+    assert (rank0, rank1) == ("0", "1")
+    assert pid0 != pid1
+    assert facts0 == facts1
+    assert facts0[1:3] == [["ignore::ImportWarning"], "package.train"]
+
+
+@pytest.mark.parametrize("launcher", [(), ("-m", "lightning.fabric.cli", "run", "--devices=2")])
+def test_the_ranks_end_when_what_started_them_is_killed(programs, launcher):
+    script = f"""{LAUNCH}
+    Path(f"pid-{{rank}}").write_text(str(os.getpid()))
+    fabric.barrier()
+    print("ready", flush=True)
+    time.sleep(1000)
+    """
+    program = programs.start(*launcher, programs.write(script))
+    assert program.stdout.readline() == "ready\n"
+    pids = [(programs.folder / f"pid-{rank}").read_text() for rank in range(2)]
+    program.send_signal(signal.SIGKILL)
+    program.communicate(timeout=60)  # the pipes close when the last rank has ended
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids if pid != str(program.pid))
+
+
+def test_a_hydra_job_makes_one_folder(programs):
+    programs.write("lr: 1", "config.yaml")
+    script = """
+    import os
+
+    import hydra
+    from lightning.fabric import Fabric
+
+    @hydra.main(version_base=None, config_path=".", config_name="config")
+    def main(config):
+        fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+        fabric.launch()
+        folders = fabric.strategy.broadcast(os.getcwd())
+        print(os.getcwd() == folders, config.lr, flush=True)
+
+    main()
+    """
+    result = programs.run(programs.write(script), "lr=5", "hydra.job.chdir=True")
+    assert result.stdout.split() == ["True", "5"] * 2, result.stderr
+    assert len(list((programs.folder / "outputs").glob("*/*"))) == 1
