@@ -35,7 +35,8 @@ def _leave_no_trace() -> Iterator[None]:
     vars(rank_zero_only).update(rank_zero)
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # setting it imports the compiler: seconds
+        torch.use_deterministic_algorithms(deterministic)
     random.setstate(python_rng)
     np.random.set_state(numpy_rng)
     torch.set_rng_state(torch_rng)

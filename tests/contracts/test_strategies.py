@@ -11,7 +11,9 @@ from torch import nn
 from lightning.fabric.accelerators.cpu import CPUAccelerator
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.strategies import STRATEGY_REGISTRY, ParallelStrategy, Strategy
-from lightning.fabric.testing import on_ranks
+from lightning.fabric.testing import on_ranks, preload
+
+preload("torch._dynamo")  # DistributedDataParallel imports it
 
 NAMES = STRATEGY_REGISTRY.available_strategies()
 STEPS = 3

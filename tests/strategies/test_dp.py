@@ -100,7 +100,7 @@ def test_replicas_on_a_gpu_have_their_own_methods() -> None:
     model = nn.Linear(2, 2).to(device)
     module = strategy.setup_module(model)
     assert isinstance(module, _DataParallel)
-    model.forward = types.MethodType(lambda self, x: self.weight.sum() * x, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(lambda self, x: self.weight.sum() * x, model)
     [replica] = module.replicate(model, [device])
     assert replica.forward.__self__ is replica
     assert module(torch.ones(3, 2)).device == device

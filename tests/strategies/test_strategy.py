@@ -53,7 +53,7 @@ class _MemoryIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.files[str(path)] = checkpoint
 
-    def load_checkpoint(self, path: Any, map_location: Any = None) -> dict[str, Any]:  # type: ignore[override]
+    def load_checkpoint(self, path: Any, map_location: Any = None) -> dict[str, Any]:
         return copy.copy(self.files[str(path)])
 
     def remove_checkpoint(self, path: Any) -> None: ...
@@ -333,7 +333,7 @@ class TestLoad:
         remainder = strategy.load_checkpoint(tmp_path / "x.pt", state, strict=False)
         assert remainder.keys() == {"optimizer"}
         assert state["step"] == 1
-        assert torch.equal(new_model[0].weight, model[0].weight)  # type: ignore[index]
+        assert torch.equal(new_model[0].weight, model[0].weight)
 
     @pytest.mark.parametrize("strict", [True, False])
     @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ class TestNothingRefersToTheFileAfterwards:
 
     def test_the_file_is_mapped_while_it_is_read(self, strategy: Strategy, file: Path) -> None:
         strategy.save_checkpoint(file, {"a": torch.ones(1000)})
-        checkpoint = strategy.checkpoint_io.load_checkpoint(file, mmap=True)  # type: ignore[call-arg]
+        checkpoint = strategy.checkpoint_io.load_checkpoint(file, mmap=True)
         assert str(file) in Path("/proc/self/maps").read_text()
         del checkpoint
 
@@ -502,7 +502,7 @@ def _stepped_lbfgs() -> torch.optim.Optimizer:
         loss.backward()
         return loss.item()
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return optimizer
 
 
@@ -517,7 +517,7 @@ class TestBareStateDicts:
     def test_into_nothing_that_can_hold_it(self, strategy: Strategy, tmp_path: Path) -> None:
         torch.save({}, tmp_path / "x.pt")
         with pytest.raises(TypeError, match="must be a dict, a module or an optimizer, but got 3"):
-            strategy.load_checkpoint(tmp_path / "x.pt", 3)  # type: ignore[arg-type]
+            strategy.load_checkpoint(tmp_path / "x.pt", 3)
 
     def test_that_do_not_fit(self, strategy: Strategy, tmp_path: Path) -> None:
         torch.save({"model": nn.Linear(2, 2).state_dict()}, tmp_path / "x.pt")

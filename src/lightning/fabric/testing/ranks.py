@@ -22,11 +22,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
-from lightning.fabric.strategies.launchers import calls, report
+from lightning.fabric.strategies.launchers import calls
 from lightning.fabric.strategies.launchers.processes import RankProcesses, Worker, end_with_parent
 from lightning.fabric.strategies.launchers.report import Failure, RankError
 
@@ -77,7 +78,8 @@ def on_ranks(
         try:
             _start(ranks, n, {"OMP_NUM_THREADS": "1", **os.environ, **(env or {})})
             if not ranks.wait(timeout):
-                _raise_first_failure(ranks, n, timeout)
+                ranks.raise_first_cause()
+                _raise_if_late(ranks, n, timeout)
         finally:
             ranks.end(grace=0)
         return [calls.load(folder / f"result-{rank}.pt") for rank in range(n)]
@@ -94,15 +96,26 @@ def _folder(tmp: str | os.PathLike[str] | None) -> Iterator[Path]:
 
 def _start(ranks: RankProcesses, n: int, env: Mapping[str, str]) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning.fabric.testing._preload"])
-    os.environ["LT_TESTING_PRELOAD"] = ",".join([*_modules, *sys.modules.keys() & {"pytest", "hypothesis"}])
     sizes = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "NODE_RANK": 0}
     shared = {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_network_port()}
-    for rank in range(n):
-        own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        process = context.Process(target=_run_rank, args=(rank, ranks.directory, {**env, **own}), name=f"rank-{rank}")
-        process.start()
-        ranks.add(rank, Worker(process))
+    with _preloading(context):
+        for rank in range(n):
+            own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            job = (rank, ranks.directory, {**env, **own})
+            process = context.Process(target=_run_rank, args=job, name=f"rank-{rank}")
+            process.start()
+            ranks.add(rank, Worker(process))
+
+
+@contextlib.contextmanager
+def _preloading(context: ForkServerContext) -> Iterator[None]:
+    """Have a server that is started in here import what ranks need."""
+    context.set_forkserver_preload(["lightning.fabric.testing._preload"])
+    os.environ["LT_TESTING_PRELOAD"] = ",".join([*_modules, *sys.modules.keys() & {"pytest", "hypothesis"}])
+    try:
+        yield
+    finally:
+        del os.environ["LT_TESTING_PRELOAD"]
 
 
 def _run_rank(rank: int, folder: Path, env: dict[str, str]) -> None:
@@ -124,11 +137,10 @@ def _call(folder: Path) -> Any:
     return calls.read_call(folder / "call.pt")()
 
 
-def _raise_first_failure(ranks: RankProcesses, n: int, timeout: float) -> NoReturn:
-    cause = ranks.first_cause()
-    if cause is not None:
-        raise RankError(f"\n{report.page(ranks.failures(), n)}", cause)
+def _raise_if_late(ranks: RankProcesses, n: int, timeout: float) -> None:
     late = ranks.running()
+    if not late:
+        return
     ranks.send(_STACKS)
     time.sleep(0.5)
     stacks = "\n".join(f"---- rank {rank} is here ----\n{_stack(ranks.directory, rank)}" for rank in late)

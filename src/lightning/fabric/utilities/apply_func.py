@@ -71,7 +71,8 @@ def _apply_to_other(data: Any, dtype: Any, function: Callable[[Any], Any], wrong
         if not isinstance(data, (dict, UserDict)):
             return kind({key: value for key, value in items.items() if key not in dropped})
         new = copy(data)  # keeps a default factory and attributes
-        new.update(items)
+        for key, value in items.items():  # not `update`, which adds in a Counter
+            new[key] = value
         for key in dropped:
             del new[key]
         return new

@@ -44,7 +44,7 @@ def _fills_for_init(func: Callable[..., Any]) -> bool:
     caller = sys._getframe(2)
     return (
         caller.f_globals.get("__name__") == "torch.nn.init"
-        and caller.f_code.co_name.startswith("_no_grad_")
+        and (caller.f_code.co_name.startswith("_no_grad_") or caller.f_code.co_name == "kaiming_normal_")
         and getattr(func, "__name__", "").endswith("_")
         and not func.__name__.startswith("__")
     )

@@ -35,7 +35,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     source = f"seed={given!r}" if seed is not None else f"The environment variable PL_GLOBAL_SEED={given!r}"
     try:
         value = int(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{source} is not an integer.") from None
     if not min_seed_value <= value <= max_seed_value:
         raise ValueError(f"{source} is out of bounds: it must be from {min_seed_value} to {max_seed_value}.")

@@ -81,13 +81,22 @@ def run_call(call: Callable[[], Any], folder: Path, rank: int, result: Path | No
     Does not return after an error: the process ends at once, so that the other ranks notice.
     """
     try:
-        value = call()
+        value = _value_of(call)
         if result is not None:
             save(value, result)
     except BaseException as error:
         report.write_error(folder, rank, error)
         _exit_now(error)
     destroy_process_group()
+
+
+def _value_of(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except SystemExit as error:
+        if report.exit_code_of(error) != 0:
+            raise
+        return None
 
 
 def _exit_now(error: BaseException) -> NoReturn:

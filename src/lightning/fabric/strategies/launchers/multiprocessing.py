@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.strategies.launchers import calls, report
+from lightning.fabric.strategies.launchers import calls
 from lightning.fabric.strategies.launchers.launcher import _Launcher
 from lightning.fabric.strategies.launchers.processes import RankProcesses, Worker, end_with_parent
-from lightning.fabric.strategies.launchers.report import RankError
 
 StartMethod = Literal["spawn", "fork", "forkserver"]
 
@@ -62,10 +61,7 @@ class _MultiProcessingLauncher(_Launcher):
             try:
                 self._start(ranks, self._hand_over(folder, function, args, kwargs))
                 if not ranks.wait():
-                    cause = ranks.first_cause()
-                    ranks.end()
-                    assert cause is not None  # `wait` has seen one
-                    raise RankError(f"\n{report.page(ranks.failures(), self._num_processes)}", cause)
+                    ranks.raise_first_cause()
             finally:
                 ranks.end()
                 self._cluster_environment.teardown()
@@ -123,12 +119,9 @@ def _run_rank(
 
 
 def _set_up_process(start_method: StartMethod, num_processes: int, env: dict[str, str], parent: int) -> None:
-    if start_method == "fork":
-        # The parent's pool of threads is not there after a fork: an operation that asks for it waits for ever.
-        env["OMP_NUM_THREADS"] = "1"
     os.environ.clear()
     os.environ.update(env)
-    _set_num_threads(num_processes)
+    _set_num_threads(start_method, num_processes)
     if start_method == "forkserver":  # the system's parent of this process is the server
         launcher = multiprocessing.parent_process()
         end_with_parent(launcher.is_alive if launcher else lambda: False)
@@ -136,13 +129,16 @@ def _set_up_process(start_method: StartMethod, num_processes: int, env: dict[str
         end_with_parent(lambda: os.getppid() == parent)
 
 
-def _set_num_threads(num_processes: int) -> None:
+def _set_num_threads(start_method: StartMethod, num_processes: int) -> None:
     import torch
 
     from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 
+    if start_method == "fork":
+        # The parent's pool of threads is not there after a fork: an operation that asks for it waits for ever.
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
     _set_num_threads_if_needed(num_processes)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def _call_from(path: Path) -> Any:

@@ -13,12 +13,14 @@ from types import TracebackType
 from typing import NoReturn, Protocol
 
 from lightning.fabric.strategies.launchers import report
-from lightning.fabric.strategies.launchers.report import Failure
+from lightning.fabric.strategies.launchers.report import Failure, RankError
 
 _POLL = 0.02  # seconds between two looks at the processes
 _SLOW_POLL = 0.2
 _SETTLE = 3.0  # seconds that an error about a lost peer waits for the failure behind it
-_LINGER = 5.0  # seconds that a rank may take to exit after it raised
+FAREWELL = 30.0  # seconds that an interpreter may take to end after its script has raised
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+_LINGER = 5.0  # seconds after which a rank that has raised is a failure although it still runs
 
 
 class Process(Protocol):
@@ -107,10 +109,11 @@ class RankProcesses:
             pause = min(pause * 1.05, _SLOW_POLL)  # a long run is not worth many looks
         return False
 
-    def wait_for_all(self, timeout: float) -> None:
-        """Block until every process has ended, well or not, or ``timeout`` seconds are over."""
+    def wait_for_end(self, timeout: float, ranks: Iterable[int] | None = None) -> None:
+        """Block until every process (of ``ranks``) has ended, well or not, or ``timeout`` seconds are over."""
         deadline = time.monotonic() + timeout
-        while self.running() and time.monotonic() < deadline:
+        ranks = self._processes.keys() if ranks is None else set(ranks)
+        while ranks & set(self.running()) and time.monotonic() < deadline:
             time.sleep(_POLL)
 
     def first_cause(self) -> Failure | None:
@@ -121,6 +124,12 @@ class RankProcesses:
             if cause is None or not cause.is_echo or not self.running() or time.monotonic() > deadline:
                 return cause
             time.sleep(_POLL)
+
+    def raise_first_cause(self) -> None:
+        """Raise a `RankError` with the page about the failures, if there are any."""
+        cause = self.first_cause()
+        if cause is not None:
+            raise RankError(f"\n{report.page(self.failures())}", cause)
 
     def send(self, number: int, ranks: Iterable[int] | None = None) -> None:
         """Send a signal to the processes that still run (of ``ranks``, if given)."""
@@ -136,17 +145,24 @@ class RankProcesses:
                 return
 
     def end(self, grace: float = 5.0) -> None:
-        """End whatever still runs: SIGTERM, and SIGKILL for those that are there ``grace`` seconds later."""
+        """End whatever still runs: SIGTERM, and SIGKILL for those that are there ``grace`` seconds later.
+
+        Ranks that have raised are on their way out and are given longer. With no ``grace`` all are killed at once.
+        """
         self._ended_by_us.update(self.running())
-        for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
-            if number == signal.SIGTERM and grace <= 0:
-                continue
-            self.send(number)
-            self.wait_for_all(patience)
+        if grace > 0:
+            leaving = {error.rank for error in report.read_errors(self.directory)}
+            others = self._processes.keys() - leaving
+            for number in (signal.SIGTERM, _KILL):
+                self.send(number, others)
+                self.wait_for_end(grace, others)
+            self.wait_for_end(FAREWELL, leaving)
+        self.send(_KILL)
+        self.wait_for_end(10.0)
         if self._whole_groups:  # what the ranks themselves have started
             for process in self._processes.values():
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                    os.killpg(process.pid, _KILL)
 
 
 def end_with_parent(parent_is_alive: Callable[[], bool]) -> None:
@@ -157,7 +173,7 @@ def end_with_parent(parent_is_alive: Callable[[], bool]) -> None:
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), _KILL)
         raise SystemExit
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

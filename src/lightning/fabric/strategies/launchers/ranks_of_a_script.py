@@ -42,13 +42,13 @@ def run_script(script: str, arguments: Sequence[str], envs: Sequence[Mapping[str
             if ranks.wait():
                 return 0
             if signals:
-                ranks.wait_for_all(_INTERRUPT_PATIENCE)
+                ranks.wait_for_end(_INTERRUPT_PATIENCE)
             cause, failures = ranks.first_cause(), ranks.failures()
     finally:
         ranks.end()
         shutil.rmtree(ranks.directory, ignore_errors=True)
     sys.stdout.flush()
-    print(report.page(failures, int(envs[0]["WORLD_SIZE"])), file=sys.stderr, end="", flush=True)
+    print(report.page(failures), file=sys.stderr, end="", flush=True)
     return cause.shell_code if cause is not None else 1
 
 

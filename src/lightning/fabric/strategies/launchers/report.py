@@ -66,7 +66,7 @@ class Failure:
             what = f"raised {self.exception}: {first_line}" if first_line else f"raised {self.exception}"
         elif self.exit_code < 0:
             what = f"was killed by {_signal_name(-self.exit_code)}"
-            what += ", perhaps out of memory" if self.exit_code == -signal.SIGKILL else ""
+            what += ", perhaps out of memory" if self.exit_code == -9 else ""
         else:
             what = "ended without an exception"
         return f"rank {self.rank} {what} (exit code {self.shell_code})"
@@ -126,13 +126,13 @@ def first_cause(failures: Iterable[Failure]) -> Failure | None:
     return min(failures, key=lambda failure: (failure.is_echo, failure.when), default=None)
 
 
-def page(failures: Iterable[Failure], world_size: int) -> str:
+def page(failures: Iterable[Failure]) -> str:
     """One page on the failures of a launch: the cause's traceback, the consequences, and the cause as the last line."""
     failures = list(failures)
     cause = first_cause(failures)
     if cause is None:
         return ""
-    lines = [f"---- rank {cause.rank} of {world_size} failed ----"]
+    lines = [f"---- rank {cause.rank} failed ----"]
     if cause.traceback:
         lines.append(cause.traceback.rstrip())
     echoes = [str(failure) for failure in sorted(failures, key=lambda f: f.when) if failure is not cause]

@@ -17,12 +17,11 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.strategies.launchers import calls, report
 from lightning.fabric.strategies.launchers.command import command_of_this_program, directory_of_this_program
 from lightning.fabric.strategies.launchers.launcher import _Launcher
-from lightning.fabric.strategies.launchers.processes import RankProcesses, follow_launcher
+from lightning.fabric.strategies.launchers.processes import FAREWELL, RankProcesses, follow_launcher
 from lightning.fabric.strategies.launchers.report import Failure
 
 _FROM_LAUNCHER = "LT_LAUNCH"  # what a child has to know: JSON with the parent's pid, the folder for errors, threads
 _GRACE = 3.0  # seconds that the script has to raise by itself after another rank has failed
-_FAREWELL = 20.0  # seconds that the interpreter has to end after the script has raised
 
 
 class _SubprocessScriptLauncher(_Launcher):
@@ -58,13 +57,12 @@ class _SubprocessScriptLauncher(_Launcher):
     def _start_children(self) -> None:
         command = command_of_this_program() if self._num_processes > 1 else []
         environment = self._cluster_environment
-        world_size = self._num_nodes * self._num_processes
         os.environ.update(
             MASTER_ADDR=environment.main_address,
             MASTER_PORT=str(environment.main_port),
             NODE_RANK=str(environment.node_rank()),
             LOCAL_RANK="0",
-            WORLD_SIZE=str(world_size),
+            WORLD_SIZE=str(self._num_nodes * self._num_processes),
         )
         threads = _set_num_threads(self._num_processes)
         if self._num_processes == 1:
@@ -78,7 +76,7 @@ class _SubprocessScriptLauncher(_Launcher):
             directory = directory_of_this_program()
             child = subprocess.Popen(command, env=env, cwd=directory, stdin=subprocess.DEVNULL)
             ranks.add(first + local_rank, child)
-        _FirstRank(first, world_size, ranks, folder).take_charge()
+        _FirstRank(first, ranks, folder).take_charge()
 
 
 def _set_num_threads(num_processes: int) -> int | None:
@@ -113,11 +111,8 @@ def _become_child() -> None:
 class _FirstRank:
     """This process as the first rank of its machine, in charge of the others."""
 
-    def __init__(
-        self, rank: int, world_size: int, ranks: RankProcesses, folder: tempfile.TemporaryDirectory[str]
-    ) -> None:
+    def __init__(self, rank: int, ranks: RankProcesses, folder: tempfile.TemporaryDirectory[str]) -> None:
         self._rank = rank
-        self._world_size = world_size
         self._ranks = ranks
         self._folder = folder
         self._pid = os.getpid()
@@ -139,7 +134,7 @@ class _FirstRank:
         # its end, this process must end all the same.
         if not self._script_has_ended.wait(_GRACE):
             self._exit_with_page()
-        time.sleep(_FAREWELL)
+        time.sleep(FAREWELL)
         os._exit(1)
 
     def _script_has_raised(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -176,4 +171,4 @@ class _FirstRank:
 
     def _print_page(self, failures: list[Failure]) -> None:
         sys.stdout.flush()
-        print(report.page(failures, self._world_size), file=self._stderr, end="", flush=True)
+        print(report.page(failures), file=self._stderr, end="", flush=True)

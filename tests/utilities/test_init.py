@@ -1,0 +1,119 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning.fabric.utilities.init import (
+    _EmptyInit,
+    _has_meta_device_parameters_or_buffers,
+    _materialize_meta_tensors,
+)
+
+INPLACE = [
+    "uniform_",
+    "normal_",
+    "trunc_normal_",
+    "ones_",
+    "zeros_",
+    "xavier_uniform_",
+    "xavier_normal_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+]
+
+
+class TestEmptyInit:
+    @pytest.mark.parametrize("name", INPLACE)
+    def test_init_functions_leave_the_tensor_as_it_is(self, name: str) -> None:
+        weight = torch.full((3, 3), 7.0)
+        with _EmptyInit():
+            returned = getattr(nn.init, name)(weight)
+        assert returned is weight
+        assert (weight == 7).all()
+
+    def test_constant_and_keyword(self) -> None:
+        weight = torch.full((3,), 7.0)
+        with _EmptyInit():
+            assert nn.init.constant_(tensor=weight, val=1.0) is weight
+        assert (weight == 7).all()
+
+    @pytest.mark.parametrize("name", INPLACE)
+    def test_disabled(self, name: str) -> None:
+        weight = torch.full((3, 3), 7.0)
+        with _EmptyInit(enabled=False):
+            getattr(nn.init, name)(weight)
+        assert not (weight == 7).any()
+
+    def test_functions_that_compute_on_the_way_still_work(self) -> None:
+        weight = torch.empty(4, 4)
+        with _EmptyInit():
+            nn.init.orthogonal_(weight)
+        torch.testing.assert_close(weight @ weight.T, torch.eye(4))
+
+    def test_other_operations_run(self) -> None:
+        with _EmptyInit():
+            tensor = torch.zeros(3).fill_(2.0).uniform_(5, 6)
+            layer = nn.Linear(2, 2)
+        assert ((tensor >= 5) & (tensor <= 6)).all()
+        assert layer.weight.shape == (2, 2)
+        assert layer.weight.requires_grad
+
+    def test_no_random_number_is_drawn_for_common_layers(self) -> None:
+        before = torch.get_rng_state()
+        with _EmptyInit():
+            nn.Linear(2, 2), nn.Conv2d(1, 1, 2), nn.Embedding(3, 2), nn.LSTM(2, 2), nn.MultiheadAttention(4, 2)
+        assert torch.equal(before, torch.get_rng_state())
+
+
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+class TestMaterialize:
+    def test_all_tensors_get_memory_and_values(self) -> None:
+        with torch.device("meta"):
+            model = _Tied()
+        assert _has_meta_device_parameters_or_buffers(model)
+        _materialize_meta_tensors(model, torch.device("cpu"))
+        assert not _has_meta_device_parameters_or_buffers(model)
+        assert model.norm.running_var.tolist() == [1, 1, 1]
+        assert model.head.weight.abs().sum().isfinite()
+
+    def test_tied_parameters_stay_tied(self) -> None:
+        with torch.device("meta"):
+            model = _Tied()
+        _materialize_meta_tensors(model, "cpu")
+        assert model.head.weight is model.embed.weight
+
+    def test_submodules_with_values_keep_them(self) -> None:
+        layer = nn.Linear(2, 2)
+        expected = layer.weight.clone()
+        model = nn.Sequential(layer, nn.Linear(2, 2, device="meta"))
+        _materialize_meta_tensors(model, "cpu")
+        assert torch.equal(layer.weight, expected)
+        assert not model[1].weight.is_meta
+
+    def test_a_module_that_cannot_initialise_itself_is_named(self) -> None:
+        class Custom(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(1, device="meta"))
+
+        with pytest.raises(TypeError, match="`Custom` has parameters or buffers on the meta device"):
+            _materialize_meta_tensors(nn.Sequential(Custom()), "cpu")
+
+
+def test_who_has_meta_tensors() -> None:
+    buffer_only = nn.BatchNorm1d(2, affine=False, device="meta")
+    assert _has_meta_device_parameters_or_buffers(buffer_only)
+    assert _has_meta_device_parameters_or_buffers(nn.Sequential(buffer_only))
+    assert not _has_meta_device_parameters_or_buffers(nn.Sequential(buffer_only), recurse=False)
+    assert not _has_meta_device_parameters_or_buffers(nn.Linear(1, 1))
+    assert _has_meta_device_parameters_or_buffers(torch.optim.SGD(nn.Linear(1, 1, device="meta").parameters()))
+    assert not _has_meta_device_parameters_or_buffers(torch.optim.SGD(nn.Linear(1, 1).parameters()))
+    with pytest.raises(TypeError, match="a module or an optimizer"):
+        _has_meta_device_parameters_or_buffers("model")  # type: ignore[arg-type]
