@@ -34,7 +34,7 @@ def run(tmp_path):
         return subprocess.run(
             [sys.executable, *words, *target],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": os.path.abspath("src"), **env},
+            env={**os.environ, "PYTHONPATH": os.path.abspath("src"), "PYTHONUNBUFFERED": "", **env},
             input=stdin,
             capture_output=True,
             text=True,

@@ -197,7 +197,15 @@ class TestMove:
 
 class TestConvert:
     def test_numbers_and_arrays_become_tensors(self) -> None:
-        data = {"i": 2**40, "f": 1.5, "b": True, "a": np.arange(3), "n": np.float64(0.1), "s": "text", "t": torch.ones(1)}
+        data = {
+            "i": 2**40,
+            "f": 1.5,
+            "b": True,
+            "a": np.arange(3),
+            "n": np.float64(0.1),
+            "s": "text",
+            "t": torch.ones(1),
+        }
         out = convert_to_tensors(data, torch.device("cpu"))
         assert out["i"].item() == 2**40
         assert (out["f"].dtype, out["b"].dtype, out["n"].dtype) == (torch.float32, torch.bool, torch.float64)

@@ -81,7 +81,9 @@ class TestImports:
             _ = imports._TORCH_GREATER
 
 
-@pytest.mark.parametrize(("given", "suggestion"), [("dpp", " Did you mean 'ddp'?"), ("DDP", " Did you mean 'ddp'?"), ("xyz", "")])
+@pytest.mark.parametrize(
+    ("given", "suggestion"), [("dpp", " Did you mean 'ddp'?"), ("DDP", " Did you mean 'ddp'?"), ("xyz", "")]
+)
 def test_did_you_mean(given: str, suggestion: str) -> None:
     assert did_you_mean(given, ["ddp", "fsdp"]) == suggestion
 

@@ -29,9 +29,7 @@ class Node(nn.Module):
 @st.composite
 def _cases(draw: Any) -> tuple[Node, list[list[nn.Parameter]]]:
     """A module with tied, frozen and nested parameters, and the groups of an optimizer over some of them."""
-    pool = [
-        nn.Parameter(torch.randn(2), requires_grad=draw(st.booleans())) for _ in range(draw(st.integers(1, 5)))
-    ]
+    pool = [nn.Parameter(torch.randn(2), requires_grad=draw(st.booleans())) for _ in range(draw(st.integers(1, 5)))]
     some = st.lists(st.sampled_from(pool), max_size=3)
     leaves = st.builds(Node, some, st.just([]))
     module = draw(st.recursive(leaves, lambda inner: st.builds(Node, some, st.lists(inner, max_size=2)), max_leaves=4))
@@ -51,9 +49,13 @@ def _replace_parameters(module: nn.Module) -> None:
 
 
 @given(_cases())
-def test_every_parameter_of_the_module_is_replaced_in_groups_and_state(case: tuple[Node, list[list[nn.Parameter]]]) -> None:
+def test_every_parameter_of_the_module_is_replaced_in_groups_and_state(
+    case: tuple[Node, list[list[nn.Parameter]]],
+) -> None:
     module, groups = case
-    optimizer = torch.optim.SGD([{"params": group, "lr": 0.1 * (i + 1)} for i, group in enumerate(groups)], momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [{"params": group, "lr": 0.1 * (i + 1)} for i, group in enumerate(groups)], momentum=0.9
+    )
     for parameter in sum(groups, []):
         parameter.grad = torch.ones(2) if parameter.requires_grad else None
     optimizer.step()

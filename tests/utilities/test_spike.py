@@ -54,7 +54,9 @@ def _run(detection: SpikeDetection, fabric: Any, losses: list[float]) -> int | N
         ({"window": 4}, [100.0, 1.0, 1.0, 90.0], None),
     ],
 )
-def test_what_is_a_spike(options: dict[str, Any], losses: list[float], found: int | None, fabric: Any, tmp_path: Path) -> None:
+def test_what_is_a_spike(
+    options: dict[str, Any], losses: list[float], found: int | None, fabric: Any, tmp_path: Path
+) -> None:
     assert _run(SpikeDetection(exclude_batches_path=tmp_path, **options), fabric, losses) == found
 
 

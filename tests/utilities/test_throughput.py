@@ -50,7 +50,10 @@ class TestThroughput:
         assert metrics["flops_per_sec"] == 40
         assert not any("mfu" in name for name in metrics)
 
-    @given(st.lists(st.tuples(st.floats(0.1, 10), st.integers(0, 5), st.integers(0, 9)), min_size=2, max_size=20), st.integers(2, 8))
+    @given(
+        st.lists(st.tuples(st.floats(0.1, 10), st.integers(0, 5), st.integers(0, 9)), min_size=2, max_size=20),
+        st.integers(2, 8),
+    )
     def test_a_window_forgets_what_came_before(self, steps: list[tuple[float, int, int]], window: int) -> None:
         """The rates of all updates with a window are those of the last few updates without one."""
         totals, time, batches, samples = [], 0.0, 0, 0

@@ -116,7 +116,7 @@ def one_kind_of_clipping(clip_val: Any, max_norm: Any) -> None:
 
 def state_filter(filter: Any, state: Mapping[str, Any]) -> None:
     """A ``(name, value) -> bool`` for keys that the state has."""
-    if not isinstance(filter, Mapping):
+    if not isinstance(filter, dict):
         raise TypeError(f"`filter` maps keys of the state to functions, but got {filter!r}. Pass a dict.")
     unknown = sorted(set(filter) - set(state))
     if unknown:

@@ -391,16 +391,17 @@ class Fabric:
         _checks.one_kind_of_clipping(clip_val, max_norm)
         forward_module, own_optimizer = _forward_module(module), unwrap(optimizer)
         self._precision.unscale_gradients(own_optimizer)
+        if max_norm is not None:
+            return self._strategy.clip_gradients_norm(
+                forward_module,
+                own_optimizer,
+                max_norm=max_norm,
+                norm_type=norm_type,
+                error_if_nonfinite=error_if_nonfinite,
+            )
         if clip_val is not None:
             self._strategy.clip_gradients_value(forward_module, own_optimizer, clip_val=clip_val)
-            return None
-        return self._strategy.clip_gradients_norm(
-            forward_module,
-            own_optimizer,
-            max_norm=max_norm,
-            norm_type=norm_type,
-            error_if_nonfinite=error_if_nonfinite,
-        )
+        return None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision's forward context, for computation outside a set-up module's ``forward``."""
@@ -521,7 +522,7 @@ class Fabric:
         self,
         path: _PATH,
         state: Mapping[str, Any],
-        filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
         """Collective: write ``state`` to ``path``; when it returns, the file is there for every rank.
 

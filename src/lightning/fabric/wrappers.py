@@ -162,7 +162,7 @@ class _FabricModule(_DeviceDtypeModuleMixin):
         """The module that was set up, the identical object."""
         return self._original_module
 
-    @property  # type: ignore[override]
+    @property
     def training(self) -> bool:
         """Whether the original module is in training mode."""
         return self._original_module.training
@@ -331,10 +331,11 @@ class _FabricOptimizer:
     def __new__(cls, optimizer: Any, strategy: Strategy, callbacks: list[Any] | None = None) -> "_FabricOptimizer":
         if cls is not _FabricOptimizer:
             return super().__new__(cls)
-        return super().__new__(_optimizer_class(type(optimizer)))
+        original: Any = type(optimizer)
+        return super().__new__(_optimizer_class(original))
 
     def __init__(self, optimizer: Any, strategy: Strategy, callbacks: list[Any] | None = None) -> None:
-        self.__dict__ = optimizer.__dict__  # noqa: PLE0237
+        object.__setattr__(self, "__dict__", optimizer.__dict__)
         self._optimizer = optimizer
         self._strategy = strategy
         self._callbacks = [] if callbacks is None else callbacks

@@ -63,7 +63,7 @@ def _hydra(mode, folder="/out/a=1,b", task=("lr=1",)):
     return SimpleNamespace(
         mode=SimpleNamespace(name=mode),
         runtime=SimpleNamespace(output_dir=folder),
-        overrides=SimpleNamespace(task=task),
+        overrides=SimpleNamespace(task=task, hydra=["hydra.job.chdir=true", f"hydra.mode={mode}"]),
     )
 
 
@@ -76,12 +76,13 @@ def test_a_hydra_job_keeps_its_folder():
 
 
 def test_a_hydra_sweep_is_not_swept_again():
-    arguments = ["-m", "lr=1,2", "+x=range(3)", "hydra.sweep.dir=s", "--config-name", "big"]
+    arguments = ["-m", "lr=1,2", "+x=range(3)", "hydra.job.chdir=true", "--config-name", "big"]
     assert _hydra_arguments(arguments, _hydra("MULTIRUN", task=["lr=1", "+x=2"])) == [
         "--config-name",
         "big",
         "lr=1",
         "+x=2",
+        "hydra.job.chdir=true",
         "hydra.mode=RUN",
         'hydra.run.dir="/out/a=1,b"',
         "hydra.output_subdir=null",

@@ -79,7 +79,9 @@ def _init_dist_connection(
     try:
         store = _rendezvous(rank, size, kwargs.get("timeout"))
         dist.init_process_group(torch_distributed_backend, store=store, rank=rank, world_size=size, **kwargs)
-    except dist.DistError as error:
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "Gloo" not in str(error):
+            raise  # nothing to do with the others: this torch lacks the backend, say
         raise RuntimeError(_why_not_joined(error, rank, size, f"{address}:{port}")) from error
     # Not `atexit`: this also runs in a process that `multiprocessing` started, and not in one forked from this.
     Finalize(None, _destroy_dist_connection, exitpriority=0)

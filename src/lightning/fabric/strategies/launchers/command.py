@@ -74,7 +74,8 @@ def _hydra_arguments(arguments: Sequence[str], config: Any) -> list[str]:
     """Arguments for one job that writes into the folder of the present one, and no second record of its settings."""
     if config.mode is not None and config.mode.name == "MULTIRUN":
         flags = [word for word in arguments if word not in ("-m", "--multirun") and not _is_override(word)]
-        arguments = [*flags, *config.overrides.task, "hydra.mode=RUN"]
+        hydras = [word for word in config.overrides.hydra if not word.startswith("hydra.mode=")]
+        arguments = [*flags, *config.overrides.task, *hydras, "hydra.mode=RUN"]
     folder = str(config.runtime.output_dir).replace("\\", "\\\\").replace('"', '\\"')
     return [*arguments, f'hydra.run.dir="{folder}"', "hydra.output_subdir=null"]
 

@@ -62,6 +62,9 @@ class _MultiProcessingLauncher(_Launcher):
                 self._start(ranks, self._hand_over(folder, function, args, kwargs))
                 if not ranks.wait():
                     ranks.raise_first_cause()
+            except KeyboardInterrupt:
+                ranks.interrupt()
+                raise
             finally:
                 ranks.end()
                 self._cluster_environment.teardown()

@@ -20,6 +20,7 @@ _SLOW_POLL = 0.2
 _SETTLE = 3.0  # seconds that an error about a lost peer waits for the failure behind it
 FAREWELL = 30.0  # seconds that an interpreter may take to end after its script has raised
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+INTERRUPT_PATIENCE = 10.0  # seconds that ranks may take to end after an interrupt
 _LINGER = 5.0  # seconds after which a rank that has raised is a failure although it still runs
 
 
@@ -144,6 +145,12 @@ class RankProcesses:
                 send(pid, number)
                 return
 
+    def interrupt(self) -> None:
+        """Let the ranks see to their own end after an interrupt: pass it on, and wait some seconds."""
+        if not terminal_tells_ranks():
+            self.send(signal.SIGINT)
+        self.wait_for_end(INTERRUPT_PATIENCE)
+
     def end(self, grace: float = 5.0) -> None:
         """End whatever still runs: SIGTERM, and SIGKILL for those that are there ``grace`` seconds later.
 
@@ -163,6 +170,14 @@ class RankProcesses:
             for process in self._processes.values():
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, _KILL)
+
+
+def terminal_tells_ranks() -> bool:
+    """Whether Ctrl-C reaches the ranks without our help, because they are in the terminal's foreground with us."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except (OSError, AttributeError):  # no terminal, no such thing on this platform
+        return False
 
 
 def end_with_parent(parent_is_alive: Callable[[], bool]) -> None:

@@ -20,10 +20,14 @@ from typing import Any, NoReturn
 
 from lightning.fabric.strategies.launchers import calls, report
 from lightning.fabric.strategies.launchers.command import interpreter_flags
-from lightning.fabric.strategies.launchers.processes import RankProcesses, follow_launcher
+from lightning.fabric.strategies.launchers.processes import (
+    INTERRUPT_PATIENCE,
+    RankProcesses,
+    follow_launcher,
+    terminal_tells_ranks,
+)
 
 _FROM_LAUNCHER = "LT_SCRIPT_RANK"  # JSON with the parent's pid and the folder for errors
-_INTERRUPT_PATIENCE = 10.0  # seconds that the ranks may take over an interrupt after the first of them has ended
 
 
 def run_script(script: str, arguments: Sequence[str], envs: Sequence[Mapping[str, str]]) -> int:
@@ -42,7 +46,7 @@ def run_script(script: str, arguments: Sequence[str], envs: Sequence[Mapping[str
             if ranks.wait():
                 return 0
             if signals:
-                ranks.wait_for_end(_INTERRUPT_PATIENCE)
+                ranks.wait_for_end(INTERRUPT_PATIENCE)
             cause, failures = ranks.first_cause(), ranks.failures()
     finally:
         ranks.end()
@@ -65,7 +69,7 @@ def _passing_signals_on(ranks: RankProcesses) -> Iterator[list[int]]:
 
     def pass_on(number: int, frame: types.FrameType | None) -> None:
         came.append(number)
-        if not (number == signal.SIGINT and _has_terminal()):  # a terminal has told the ranks itself
+        if not (number == signal.SIGINT and terminal_tells_ranks()):  # a terminal has told the ranks itself
             ranks.send(number)
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -74,13 +78,6 @@ def _passing_signals_on(ranks: RankProcesses) -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _has_terminal() -> bool:
-    try:
-        return os.tcgetpgrp(0) == os.getpgrp()
-    except (OSError, AttributeError):
-        return False
 
 
 # -- two ways to start a rank

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.strategies.launchers import calls, report
@@ -48,6 +48,7 @@ class _SubprocessScriptLauncher(_Launcher):
             RuntimeError: There is no script that could be run again.
         """
         if self._cluster_environment.creates_processes_externally:
+            _FirstRank.check_others_are_there()
             _set_num_threads(self._num_processes)
             _become_child()
         else:
@@ -111,6 +112,8 @@ def _become_child() -> None:
 class _FirstRank:
     """This process as the first rank of its machine, in charge of the others."""
 
+    in_charge: ClassVar["_FirstRank | None"] = None
+
     def __init__(self, rank: int, ranks: RankProcesses, folder: tempfile.TemporaryDirectory[str]) -> None:
         self._rank = rank
         self._ranks = ranks
@@ -121,11 +124,21 @@ class _FirstRank:
 
     def take_charge(self) -> None:
         """Watch the other ranks from now on, and see this process's own end."""
+        _FirstRank.in_charge = self
         self._previous_hook = sys.excepthook
         self._stderr = sys.stderr  # other hooks may have put something else there when the page is printed
         sys.excepthook = self._script_has_raised
         atexit.register(self._wait_for_others)
         threading.Thread(target=self._watch, name="watch-ranks", daemon=True).start()
+
+    @classmethod
+    def check_others_are_there(cls) -> None:
+        """Refuse a second launch that nobody could join any more."""
+        if cls.in_charge is not None and not cls.in_charge._ranks.running():
+            raise RuntimeError(
+                "The processes of the first launch in this script have ended, and a script launches them only once. "
+                "Run each job (of a parameter sweep, say) as a program of its own."
+            )
 
     def _watch(self) -> None:
         if self._ranks.wait():
@@ -143,6 +156,8 @@ class _FirstRank:
             return
         self._script_has_ended.set()
         report.write_error(self._ranks.directory, self._rank, error.with_traceback(trace))
+        if isinstance(error, KeyboardInterrupt):
+            self._ranks.interrupt()
         _, failures = self._end_others()
         if self._previous_hook is not sys.__excepthook__:  # the user's
             self._previous_hook(kind, error, trace)
