@@ -15,7 +15,7 @@ class FridgeAccelerator(CPUAccelerator):
 
 @pytest.fixture
 def registry():
-    return _AcceleratorRegistry()
+    return _AcceleratorRegistry({})
 
 
 def test_the_library_knows_these():

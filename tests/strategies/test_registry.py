@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 @pytest.fixture
 def registry() -> _StrategyRegistry:
-    return _StrategyRegistry()
+    return _StrategyRegistry(STRATEGIES)
 
 
 class TestBuiltIn:

@@ -18,7 +18,7 @@ from lightning.fabric.strategies.launchers.report import Failure, RankError
 _POLL = 0.02  # seconds between two looks at the processes
 _SLOW_POLL = 0.2
 _SETTLE = 3.0  # seconds that an error about a lost peer waits for the failure behind it
-FAREWELL = 30.0  # seconds that an interpreter may take to end after its script has raised
+FAREWELL = 15.0  # seconds that an interpreter may take to end after its script has raised
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 INTERRUPT_PATIENCE = 10.0  # seconds that ranks may take to end after an interrupt
 _LINGER = 5.0  # seconds after which a rank that has raised is a failure although it still runs

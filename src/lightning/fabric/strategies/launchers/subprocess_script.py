@@ -4,14 +4,15 @@ import atexit
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.strategies.launchers import calls, report
@@ -47,8 +48,8 @@ class _SubprocessScriptLauncher(_Launcher):
         Raises:
             RuntimeError: There is no script that could be run again.
         """
+        _FirstRank.finish_former_job()
         if self._cluster_environment.creates_processes_externally:
-            _FirstRank.check_others_are_there()
             _set_num_threads(self._num_processes)
             _become_child()
         else:
@@ -58,26 +59,27 @@ class _SubprocessScriptLauncher(_Launcher):
     def _start_children(self) -> None:
         command = command_of_this_program() if self._num_processes > 1 else []
         environment = self._cluster_environment
-        os.environ.update(
-            MASTER_ADDR=environment.main_address,
-            MASTER_PORT=str(environment.main_port),
-            NODE_RANK=str(environment.node_rank()),
-            LOCAL_RANK="0",
-            WORLD_SIZE=str(self._num_nodes * self._num_processes),
-        )
+        variables = {
+            "MASTER_ADDR": environment.main_address,
+            "MASTER_PORT": str(environment.main_port),
+            "NODE_RANK": str(environment.node_rank()),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": str(self._num_nodes * self._num_processes),
+        }
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
         threads = _set_num_threads(self._num_processes)
         if self._num_processes == 1:
             return
         first = environment.node_rank() * self._num_processes
-        folder = tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True)
-        from_launcher = json.dumps({"parent": os.getpid(), "errors": folder.name, "threads": threads, "first": first})
-        ranks = RankProcesses(folder.name)
+        ranks = RankProcesses(tempfile.mkdtemp(prefix="ranks-"))
+        launch = {"parent": os.getpid(), "errors": str(ranks.directory), "threads": threads, "first": first}
         for local_rank in range(1, self._num_processes):
-            env = {**os.environ, "LOCAL_RANK": str(local_rank), _FROM_LAUNCHER: from_launcher}
+            env = {**os.environ, "LOCAL_RANK": str(local_rank), _FROM_LAUNCHER: json.dumps(launch)}
             directory = directory_of_this_program()
             child = subprocess.Popen(command, env=env, cwd=directory, stdin=subprocess.DEVNULL)
             ranks.add(first + local_rank, child)
-        _FirstRank(first, ranks, folder).take_charge()
+        _FirstRank(first, ranks, command, before).take_charge()
 
 
 def _set_num_threads(num_processes: int) -> int | None:
@@ -114,12 +116,16 @@ class _FirstRank:
 
     in_charge: ClassVar["_FirstRank | None"] = None
 
-    def __init__(self, rank: int, ranks: RankProcesses, folder: tempfile.TemporaryDirectory[str]) -> None:
+    def __init__(
+        self, rank: int, ranks: RankProcesses, command: list[str], environ_before: Mapping[str, str | None]
+    ) -> None:
         self._rank = rank
         self._ranks = ranks
-        self._folder = folder
+        self._command = command
+        self._environ_before = environ_before
         self._pid = os.getpid()
         self._script_has_ended = threading.Event()
+        self._end = threading.Lock()  # of the thread that sees the launch to its end
         self._is_over = False
 
     def take_charge(self) -> None:
@@ -132,29 +138,35 @@ class _FirstRank:
         threading.Thread(target=self._watch, name="watch-ranks", daemon=True).start()
 
     @classmethod
-    def check_others_are_there(cls) -> None:
-        """Refuse a second launch that nobody could join any more."""
-        if cls.in_charge is not None and not cls.in_charge._ranks.running():
-            raise RuntimeError(
-                "The processes of the first launch in this script have ended, and a script launches them only once. "
-                "Run each job (of a parameter sweep, say) as a program of its own."
-            )
+    def finish_former_job(cls) -> None:
+        """See the former launch to its end, if this is a new job in the same process: one of a Hydra sweep."""
+        former = cls.in_charge
+        if former is None or former._command == command_of_this_program():
+            return
+        former._wait_for_others()
+        atexit.unregister(former._wait_for_others)
+        sys.excepthook = former._previous_hook
+        cls.in_charge = None
+        for name, value in former._environ_before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
     def _watch(self) -> None:
         if self._ranks.wait():
             return
         # The main thread is told by the lost connection, and can say where it was. If it cannot, or does not get to
         # its end, this process must end all the same.
-        if not self._script_has_ended.wait(_GRACE):
+        if not self._script_has_ended.wait(_GRACE) and self._end.acquire(blocking=False):
             self._exit_with_page()
-        time.sleep(FAREWELL)
+        time.sleep(2 * FAREWELL)
         os._exit(1)
 
     def _script_has_raised(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if os.getpid() != self._pid:  # a fork that the script has made
             self._previous_hook(kind, error, trace)
             return
-        self._script_has_ended.set()
+        self._take_over()
         report.write_error(self._ranks.directory, self._rank, error.with_traceback(trace))
         if isinstance(error, KeyboardInterrupt):
             self._ranks.interrupt()
@@ -166,22 +178,29 @@ class _FirstRank:
     def _wait_for_others(self) -> None:
         if os.getpid() != self._pid or self._is_over:
             return
-        self._script_has_ended.set()
+        self._take_over()
         calls.destroy_process_group()  # whoever still waits for this rank must not wait for ever
         if not self._ranks.wait():
             logging.shutdown()  # the rest of the interpreter's farewell is skipped
             self._exit_with_page()
+        self._end_others()
+
+    def _take_over(self) -> None:
+        """Make the end of the launch the main thread's; if the watching one has begun it, it ends the process."""
+        self._script_has_ended.set()
+        if not self._end.acquire(blocking=False):
+            time.sleep(4 * FAREWELL)
 
     def _end_others(self) -> tuple[Failure | None, list[Failure]]:
         self._is_over = True
         cause, failures = self._ranks.first_cause(), self._ranks.failures()
         self._ranks.end()
+        shutil.rmtree(self._ranks.directory, ignore_errors=True)
         return cause, failures
 
-    def _exit_with_page(self) -> None:
+    def _exit_with_page(self) -> NoReturn:
         cause, failures = self._end_others()
         self._print_page(failures)
-        self._folder.cleanup()
         os._exit(cause.shell_code if cause is not None else 1)
 
     def _print_page(self, failures: list[Failure]) -> None:
