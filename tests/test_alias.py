@@ -15,6 +15,12 @@ import lightning as L
 import lightning.fabric
 import lightning_fabric
 
+PUBLIC_MODULES = [
+    found.name
+    for found in pkgutil.walk_packages(lightning.fabric.__path__, "lightning.fabric.")
+    if not found.name.rpartition(".")[2].startswith("_")
+]
+
 
 def _forget_pytorch() -> None:
     for name in [n for n in sys.modules if n.split(".")[0] == "pytorch_lightning" or n.startswith("lightning.pytorch")]:
@@ -75,10 +81,8 @@ class TestLightningFabric:
     def test_is_the_package(self) -> None:
         assert lightning_fabric is lightning.fabric
 
-    @pytest.mark.parametrize(
-        "name", [m.name for m in pkgutil.walk_packages(lightning.fabric.__path__, "lightning.fabric.")]
-    )
-    def test_every_module_is_the_same_object(self, name: str) -> None:
+    @pytest.mark.parametrize("name", PUBLIC_MODULES)
+    def test_every_public_module_is_the_same_object(self, name: str) -> None:
         real = importlib.import_module(name)
         spec = real.__spec__
         assert importlib.import_module(name.replace("lightning.fabric", "lightning_fabric", 1)) is real

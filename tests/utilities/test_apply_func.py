@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -69,6 +69,7 @@ def _skeleton(tree: Any) -> Any:
     return type(tree), tree
 
 
+@settings(deadline=None, max_examples=50)
 @given(_trees(st.one_of(st.none(), st.booleans(), st.floats(allow_nan=False), st.text(max_size=3))))
 def test_only_leaves_of_the_type_change_and_the_shape_of_the_tree_is_kept(tree: Any) -> None:
     before = _skeleton(tree)

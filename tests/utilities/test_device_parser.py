@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning.fabric.utilities.device_parser import (
@@ -73,6 +73,7 @@ def test_no_gpu_there(devices: Any) -> None:
         parse_gpu_devices(devices, 0)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.sets(st.integers(0, 15), min_size=1), st.integers(1, 16))
 def test_a_list_and_its_string_mean_the_same(indices: set[int], available: int) -> None:
     as_list = sorted(indices)

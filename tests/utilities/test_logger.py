@@ -3,7 +3,7 @@ from argparse import Namespace
 from functools import partial
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning.fabric.utilities.logger import (
@@ -45,7 +45,12 @@ def test_flatten() -> None:
     assert _flatten_dict({"a": {"b": 1}}, delimiter=".") == {"a.b": 1}
 
 
-@given(st.recursive(st.integers(), lambda inner: st.dictionaries(st.text("ab", min_size=1), inner, min_size=1)))
+@settings(deadline=None, max_examples=50)
+@given(
+    st.recursive(
+        st.integers(), lambda inner: st.dictionaries(st.text("ab", min_size=1), inner, min_size=1), max_leaves=6
+    )
+)
 def test_flatten_keeps_every_leaf(tree: object) -> None:
     flat = _flatten_dict({"root": tree})
     assert not any(isinstance(value, dict) for value in flat.values())

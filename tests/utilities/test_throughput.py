@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning.fabric.utilities import throughput
@@ -50,6 +50,7 @@ class TestThroughput:
         assert metrics["flops_per_sec"] == 40
         assert not any("mfu" in name for name in metrics)
 
+    @settings(deadline=None, max_examples=50)
     @given(
         st.lists(st.tuples(st.floats(0.1, 10), st.integers(0, 5), st.integers(0, 9)), min_size=2, max_size=20),
         st.integers(2, 8),

@@ -34,7 +34,7 @@ class Programs:
         program = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=self.folder,
-            env={**inherited, "PYTHONPATH": SOURCE, **env},
+            env={**inherited, "PYTHONPATH": SOURCE, "TMPDIR": str(self.folder), **env},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

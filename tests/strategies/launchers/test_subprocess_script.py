@@ -127,7 +127,7 @@ def test_the_ranks_end_when_what_started_them_is_killed(programs, launcher):
     assert program.returncode == -signal.SIGKILL
 
 
-def test_a_hydra_job_makes_one_folder(programs):
+def test_each_job_of_a_hydra_sweep_has_its_ranks_and_one_folder(programs):
     programs.write("lr: 1", "config.yaml")
     script = """
     import os
@@ -144,6 +144,8 @@ def test_a_hydra_job_makes_one_folder(programs):
 
     main()
     """
-    result = programs.run(programs.write(script), "lr=5", "hydra.job.chdir=True")
-    assert result.stdout.count("same folder: True lr: 5\n") == 2, result.stderr
-    assert len(list((programs.folder / "outputs").glob("*/*"))) == 1
+    result = programs.run(programs.write(script), "--multirun", "lr=5,6", "hydra.job.chdir=True")
+    assert result.returncode == 0, result.stderr
+    assert [result.stdout.count(f"same folder: True lr: {lr}\n") for lr in (5, 6)] == [2, 2], result.stdout
+    assert len(list((programs.folder / "multirun").glob("*/*/*/.hydra"))) == 2
+    assert not (programs.folder / "outputs").exists()

@@ -49,6 +49,10 @@ class AttributeDict(dict[str, Any]):
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *map(str, self)]
 
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        # one call: loading with `weights_only=True` fills no subclass of dict item by item
+        return type(self), (dict(self),)
+
 
 # ---- questions ---------------------------------------------------------------------------------------------------
 

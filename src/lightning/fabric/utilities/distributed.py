@@ -1,5 +1,6 @@
 """The process group, what goes over it, and samplers that share a data set among its ranks."""
 
+import math
 import os
 import time
 import uuid
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
-from torch.utils.data import DistributedSampler, Sampler
+from torch.utils.data import DistributedSampler
 
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.rank_zero import rank_zero_info
@@ -256,32 +257,6 @@ def _appears(there: Callable[[], bool], timeout: float) -> bool:
 # ---- samplers ----------------------------------------------------------------------------------------------------
 
 
-class _SampledIndices:
-    """What a sampler yields in one epoch, as a sequence; the same on every rank."""
-
-    def __init__(self, sampler: Any) -> None:
-        if not isinstance(sampler, Sized):
-            raise TypeError(
-                f"`{type(sampler).__name__}` has no `__len__`, so its samples cannot be shared among processes. Add "
-                "the method, or pass `use_distributed_sampler=False` and let each process draw its own samples."
-            )
-        self.sampler: Any = sampler
-        self._drawn: list[Any] | None = None
-
-    def draw(self, seed: int) -> None:
-        """Draw the epoch's samples, from generators that are seeded alike on all ranks."""
-        with isolate_rng(include_cuda=False):
-            _seed_generators(seed % 2**32, seed % 2**32, seed)
-            self._drawn = list(self.sampler)
-
-    def __len__(self) -> int:
-        return len(self.sampler) if self._drawn is None else len(self._drawn)
-
-    def __getitem__(self, index: int) -> Any:
-        assert self._drawn is not None
-        return self._drawn[index]
-
-
 class DistributedSamplerWrapper(DistributedSampler):
     """Gives each rank its share of what any sampler (or batch sampler) yields, in the sampler's own order.
 
@@ -307,28 +282,30 @@ class DistributedSamplerWrapper(DistributedSampler):
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
-        self._indices = _SampledIndices(sampler)
-        super().__init__(self._indices, num_replicas, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
-
-    @property
-    def sampler(self) -> Sampler:
-        """The sampler that is shared out."""
-        return self._indices.sampler
+        if not isinstance(sampler, Sized):
+            raise TypeError(
+                f"`{type(sampler).__name__}` has no `__len__`, so its samples cannot be shared among processes. Add "
+                "the method, or pass `use_distributed_sampler=False` and let each process draw its own samples."
+            )
+        super().__init__(sampler, num_replicas, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
+        self.sampler: Any = sampler
 
     def __iter__(self) -> Iterator[Any]:
-        self._indices.draw(self.seed + self.epoch)
-        # The number of samples may differ from epoch to epoch.
-        self.__dict__.update(_share(len(self._indices), self.num_replicas, self.drop_last))
-        return iter([self._indices[index] for index in super().__iter__()])
+        drawn = self._draw()
+        self.dataset = drawn  # type: ignore[assignment]
+        share = len(drawn) / self.num_replicas  # may differ from epoch to epoch
+        self.num_samples = math.floor(share) if self.drop_last else math.ceil(share)
+        self.total_size = self.num_samples * self.num_replicas
+        return iter([drawn[index] for index in super().__iter__()])
+
+    def _draw(self) -> list[Any]:
+        with isolate_rng(include_cuda=False):
+            seed = self.seed + self.epoch
+            _seed_generators(seed % 2**32, seed % 2**32, seed)
+            return list(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration: another one for each ``epoch``."""
         super().set_epoch(epoch)
         if callable(set_epoch := getattr(self.sampler, "set_epoch", None)):
             set_epoch(epoch)
-
-
-def _share(total: int, num_replicas: int, drop_last: bool) -> dict[str, int]:
-    """Return a rank's number of samples, and that of all ranks together, as ``DistributedSampler`` names them."""
-    num_samples = total // num_replicas if drop_last else -(-total // num_replicas)
-    return {"num_samples": num_samples, "total_size": num_samples * num_replicas}

@@ -1,6 +1,5 @@
 """Checkpoints as single files of `torch.save`, on any file system that fsspec knows."""
 
-import copyreg
 import pickle
 import re
 from typing import Any
@@ -12,8 +11,6 @@ from lightning.fabric.utilities.cloud_io import _atomic_save, _load, get_filesys
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE, _PATH
 
-# `weights_only=True` fills no subclass of dict item by item, but it does call a class that is allowed.
-copyreg.pickle(AttributeDict, lambda data: (AttributeDict, (dict(data),)))
 torch.serialization.add_safe_globals([AttributeDict, bytes])  # torch knows all bytes but the empty ones
 
 
