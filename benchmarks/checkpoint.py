@@ -7,6 +7,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for task, (bare, fabric) in pairs(Path(folder), args.megabytes).items():
             memory = {"bare": peak_extra_megabytes(bare), "fabric": peak_extra_megabytes(fabric)}
-            time = take_turns({"bare": lambda: seconds(bare), "fabric": lambda: seconds(fabric)}, args.rounds)
+            time = take_turns({"bare": partial(seconds, bare), "fabric": partial(seconds, fabric)}, args.rounds)
             median = {name: statistics.median(values) for name, values in time.items()}
             rows.append([task, *median.values(), median["fabric"] / median["bare"], *memory.values()])
             raw[task] = {"seconds": time, "peak extra MB": memory}

@@ -7,6 +7,7 @@ import argparse
 import statistics
 import subprocess
 import sys
+from functools import partial
 
 from measure import report, seconds, take_turns
 
@@ -18,15 +19,16 @@ WAYS = {
 }
 
 
+def run(code: str) -> float:
+    return seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
 
-    def run(code: str) -> float:
-        return seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True))
-
-    found = take_turns({name: lambda code=code: run(code) for name, code in WAYS.items()}, args.rounds)
+    found = take_turns({name: partial(run, code) for name, code in WAYS.items()}, args.rounds)
     median = {name: statistics.median(values) for name, values in found.items()}
     best = {name: min(values) for name, values in found.items()}
     rows = [[name, median[name], best[name], median[name] / median["import torch"]] for name in WAYS]

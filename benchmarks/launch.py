@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 HERE = str(Path(__file__))
@@ -68,14 +69,14 @@ def first_all_reduce(command: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--as-rank", metavar="STRATEGY", help="used by the benchmark itself, in the processes it starts")
+    parser.add_argument("--as-rank", metavar="STRATEGY", help="for the processes that this starts")
     args = parser.parse_args()
     if args.as_rank:
         as_rank(args.as_rank)
         return
     from measure import report, take_turns
 
-    ways = {name: lambda command=command: first_all_reduce(command) for name, command in WAYS.items()}
+    ways = {name: partial(first_all_reduce, command) for name, command in WAYS.items()}
     found = take_turns(ways, args.rounds)
     median = {name: statistics.median(values) for name, values in found.items()}
     base = median["torchrun, bare PyTorch"]

@@ -4,9 +4,12 @@ python benchmarks/step.py [--rounds 200] [--calls 50]
 """
 
 import argparse
+import operator
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from measure import per_call, report, take_turns
@@ -30,7 +33,7 @@ def tiny() -> tuple[nn.Module, torch.optim.Optimizer]:
 BATCH, TARGET = torch.randn(8, 32), torch.randn(8, 2)
 
 
-def bare(precision: str) -> Step:
+def bare(precision: Any) -> Step:
     model, optimizer = tiny()
     autocast = AUTOCAST[precision]
 
@@ -45,7 +48,7 @@ def bare(precision: str) -> Step:
     return step
 
 
-def with_fabric(precision: str) -> Step:
+def with_fabric(precision: Any) -> Step:
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     model, optimizer = fabric.setup(*tiny())
 
@@ -71,12 +74,13 @@ def main() -> None:
         steps = {"bare": bare(precision), "fabric": with_fabric(precision)}
         for step in steps.values():
             per_call(step, args.calls)  # warm up
-        turns = {name: lambda step=step: per_call(step, args.calls) for name, step in steps.items()}
+        turns = {name: partial(per_call, step, args.calls) for name, step in steps.items()}
         found = take_turns(turns, args.rounds)
         micro = {name: [value * 1e6 for value in values] for name, values in found.items()}
-        extra = [fabric - bare for fabric, bare in zip(micro["fabric"], micro["bare"], strict=True)]
-        for name, values in {**micro, "fabric - bare": extra}.items():
-            rows.append([precision, name, statistics.median(values), min(values)])
+        figures = {name: (statistics.median(values), min(values)) for name, values in micro.items()}
+        extra = statistics.median(map(operator.sub, micro["fabric"], micro["bare"]))
+        figures["fabric - bare"] = (extra, figures["fabric"][1] - figures["bare"][1])
+        rows += [[precision, name, *pair] for name, pair in figures.items()]
         raw[precision] = micro
     report("step", ["precision", "us per step", "median", "min"], rows, microseconds=raw)
 

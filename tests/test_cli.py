@@ -23,7 +23,7 @@ def script(tmp_path, monkeypatch):
 def started(monkeypatch):
     """What would be run: script, arguments, the ranks' variables."""
     calls = []
-    monkeypatch.setattr(ranks_of_a_script, "run_script", lambda *call: calls.append(call) or 0)
+    monkeypatch.setattr(ranks_of_a_script, "run_script", lambda *call, preload: calls.append(call) or 0)
     return calls
 
 

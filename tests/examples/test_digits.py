@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
-
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -29,7 +27,7 @@ if __name__ == "__main__":
 """
 WAYS = {
     "ddp": ["{own}", *ON_TWO],
-    "fabric run": ["-m", "lightning.fabric.cli", "run", "--main-port", "{port}", "--devices", "2", SCRIPT, *ON_TWO],
+    "fabric run": ["-m", "lightning.fabric.cli", "run", "--devices", "2", SCRIPT, *ON_TWO],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, *ON_TWO],
     "ddp_spawn": ["{own}", *ON_TWO],
     "ddp_fork": ["{own}", *ON_TWO],
@@ -41,7 +39,7 @@ def run(args: list[str], folder: Path, strategy: str = "auto") -> str:
     """Run Python with the arguments and the script's own ones; return what it printed."""
     own = folder / "own_launch.py"
     own.write_text(OWN_LAUNCH)
-    args = [arg.format(own=own, port=find_free_network_port()) for arg in args]
+    args = [arg.format(own=own) for arg in args]
     path = f"{EXAMPLES}:{os.environ.get('PYTHONPATH', '')}"
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "STRATEGY": strategy, "LT_ACCELERATOR": "cpu"}
     command = [sys.executable, *args, "--lr", "0.1", "--seed", "1", "--out", str(folder)]

@@ -2,6 +2,7 @@
 
 import pickle
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning.fabric.accelerators.cpu import CPUAccelerator
+from lightning.fabric.accelerators.cuda import CUDAAccelerator
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -259,3 +261,35 @@ def _broadcast_many_bytes() -> list[float]:
 
 def test_broadcast_carries_large_tensors() -> None:
     assert on_ranks(2, _broadcast_many_bytes) == [[1.0, 1.0]] * 2
+
+
+# ---- a GPU -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_one_gpu(tmp_path: Path) -> None:
+    device = torch.device("cuda", 0)
+    strategy = DDPStrategy(CUDAAccelerator(), [device], LightningEnvironment())
+    strategy.setup_environment()
+    assert dist.get_backend() == "nccl"
+    model = nn.Linear(4, 4)
+    strategy.module_to_device(model)
+    module, [optimizer], _ = strategy.setup_module_and_optimizers(model, [torch.optim.AdamW(model.parameters())])
+    assert module.device_ids == [0]
+    strategy.backward(module(torch.ones(2, 4, device=device)).sum(), module)
+    assert strategy.clip_gradients_norm(module, optimizer, max_norm=0.1).device == device
+    strategy.optimizer_step(optimizer)
+    strategy.barrier()
+    assert strategy.reduce_boolean_decision(True)
+    assert strategy.all_gather(torch.ones(2, device=device)).shape == (1, 2)
+    strategy.raise_on_all(None, "testing")
+
+    strategy.save_checkpoint(tmp_path / "x.pt", {"model": module, "optimizer": optimizer})
+    expected = optimizer.state[model.weight]["exp_avg"].clone()
+    optimizer.state[model.weight]["exp_avg"].zero_()
+    strategy.load_checkpoint(tmp_path / "x.pt", {"model": module, "optimizer": optimizer})
+    assert torch.equal(optimizer.state[model.weight]["exp_avg"], expected)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    with strategy.module_init_context(empty_init=True):
+        assert nn.Linear(1, 1).weight.device == device
+    strategy.teardown()

@@ -16,6 +16,7 @@ from lightning.fabric.strategies._table import STRATEGIES
 
 _ACCELERATORS = ("cpu", "gpu", "cuda", "mps", "tpu")
 _MAIN_PORT = 29400
+_EVERY_SCRIPT_NEEDS = ("lightning.fabric.fabric",)  # a name: only the process that starts the ranks imports it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +56,8 @@ def _run(words: Sequence[str]) -> int:
 
     from lightning.fabric.strategies.launchers.ranks_of_a_script import run_script
 
-    return run_script(script, arguments, rank_environments(options, num_processes, port))
+    envs = rank_environments(options, num_processes, port)
+    return run_script(script, arguments, envs, preload=_EVERY_SCRIPT_NEEDS)
 
 
 def _run_parser() -> argparse.ArgumentParser:

@@ -34,7 +34,8 @@ from lightning.fabric.strategies.launchers.report import Failure, RankError
 T = TypeVar("T")
 
 _STACKS = signal.SIGUSR2  # a rank that receives it writes down where each of its threads is
-_modules = ["torch", "torch.distributed", "lightning.fabric.fabric"]
+# with what the first step of an optimizer imports
+_modules = ["torch", "torch.distributed", "torch._dynamo", "lightning.fabric.fabric"]
 
 
 def preload(*modules: str) -> None:

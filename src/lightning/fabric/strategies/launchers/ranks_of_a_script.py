@@ -2,6 +2,7 @@
 
 import atexit
 import builtins
+import importlib
 import importlib.machinery
 import io
 import json
@@ -30,17 +31,21 @@ from lightning.fabric.strategies.launchers.processes import (
 _FROM_LAUNCHER = "LT_SCRIPT_RANK"  # JSON with the parent's pid and the folder for errors
 
 
-def run_script(script: str, arguments: Sequence[str], envs: Sequence[Mapping[str, str]]) -> int:
+def run_script(
+    script: str, arguments: Sequence[str], envs: Sequence[Mapping[str, str]], preload: Sequence[str] = ()
+) -> int:
     """Run ``script`` once for each of ``envs``, which hold the variables (``RANK``, ...) of one rank each.
 
     SIGINT and SIGTERM are passed on to the ranks. The first rank that fails ends the others, and a page about it is
-    printed to standard error.
+    printed to standard error. Where ranks can be forked, the modules named in ``preload`` are imported once for all.
 
     Returns:
         The exit code: 0, or that of the rank that failed first, as a shell shows it (128 + the signal's number).
     """
     ranks = RankProcesses(tempfile.mkdtemp(prefix="ranks-"))
-    _start(ranks, script, arguments, envs)  # a forked rank does not come back from here, so nothing is open around it
+    _start(
+        ranks, script, arguments, envs, preload
+    )  # a forked rank does not come back from here, so nothing is open around it
     try:
         with _passing_signals_on(ranks) as signals:
             if ranks.wait():
@@ -56,8 +61,14 @@ def run_script(script: str, arguments: Sequence[str], envs: Sequence[Mapping[str
     return cause.shell_code if cause is not None else 1
 
 
-def _start(ranks: RankProcesses, script: str, arguments: Sequence[str], envs: Sequence[Mapping[str, str]]) -> None:
-    start = _fork if _can_fork() else _spawn
+def _start(
+    ranks: RankProcesses,
+    script: str,
+    arguments: Sequence[str],
+    envs: Sequence[Mapping[str, str]],
+    preload: Sequence[str],
+) -> None:
+    start = _fork if _can_fork(preload) else _spawn
     for env in envs:
         ranks.add(int(env["RANK"]), start(ranks.directory, script, arguments, env))
 
@@ -83,14 +94,14 @@ def _passing_signals_on(ranks: RankProcesses) -> Iterator[list[int]]:
 # -- two ways to start a rank
 
 
-def _can_fork() -> bool:
+def _can_fork(preload: Sequence[str]) -> bool:
     """Import what every rank needs, and tell whether the process may still be forked after that."""
     if sys.platform != "linux" or os.environ.get("PL_DISABLE_FORK", "0") == "1":
         return False
     import torch
 
-    import lightning.fabric.fabric  # noqa: F401
-
+    for module in preload:
+        importlib.import_module(module)
     return not torch.cuda.is_initialized()
 
 
