@@ -9,8 +9,8 @@ READY := .venv/ready
 
 demo: $(READY)  ## train on 2 processes, then resume for more epochs
 	rm -rf runs/demo
-	$(BIN)/fabric run --devices 2 examples/digits.py --epochs 10 --out runs/demo
-	$(BIN)/fabric run --devices 2 examples/digits.py --epochs 15 --out runs/demo --resume | tee runs/demo/last.txt
+	$(BIN)/fabric run --accelerator cpu --devices 2 examples/digits.py --epochs 10 --out runs/demo
+	$(BIN)/fabric run --accelerator cpu --devices 2 examples/digits.py --epochs 15 --out runs/demo --resume | tee runs/demo/last.txt
 	grep -qx "world size 2" runs/demo/last.txt
 	grep -Eqx "test accuracy (0\.9[789]|1\.0).*" runs/demo/last.txt
 

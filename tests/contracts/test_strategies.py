@@ -11,9 +11,7 @@ from torch import nn
 from lightning.fabric.accelerators.cpu import CPUAccelerator
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.strategies import STRATEGY_REGISTRY, ParallelStrategy, Strategy
-from lightning.fabric.testing import on_ranks, preload
-
-preload("torch._dynamo")  # DistributedDataParallel imports it
+from lightning.fabric.testing import on_ranks
 
 NAMES = STRATEGY_REGISTRY.available_strategies()
 STEPS = 3

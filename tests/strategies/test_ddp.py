@@ -18,9 +18,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.fabric.testing import on_ranks, preload
-
-preload("torch._dynamo")  # DistributedDataParallel imports it
+from lightning.fabric.testing import on_ranks
 
 CPU = torch.device("cpu")
 

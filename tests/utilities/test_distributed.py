@@ -108,7 +108,9 @@ def _keys_of_restart(count: str) -> set[str]:
     os.environ["TORCHELASTIC_RESTART_COUNT"] = count
     _join()
     shared = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return {key.partition("/")[0] for key in shared.list_keys()}
+    keys = {key.partition("/")[0] for key in shared.list_keys()}
+    dist.barrier()  # the store goes with rank 0
+    return keys
 
 
 class _Nodes:
@@ -185,7 +187,7 @@ class TestInit:
             port = sock.getsockname()[1]
             monkeypatch.setenv("MASTER_PORT", str(port))
             with pytest.raises(RuntimeError, match=rf"127.0.0.1:{port}.*in use.*MASTER_PORT.*--main-port"):
-                _init_dist_connection(_Environment(), "gloo")
+                _init_dist_connection(_Environment(), "gloo", global_rank=0, world_size=2)
         assert not _distributed_is_initialized()
 
     def test_other_failures_are_passed_on(self, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +211,7 @@ class TestInit:
         assert "MASTER_ADDR and MASTER_PORT" in message
 
     def test_attempts_of_an_elastic_launch_do_not_see_each_other(self) -> None:
-        (prefixes,) = on_ranks(1, _keys_of_restart, "3")
+        prefixes = on_ranks(2, _keys_of_restart, "3")[1]
         assert "restart3" in prefixes
         assert not {prefix for prefix in prefixes if "default_pg" in prefix}
 

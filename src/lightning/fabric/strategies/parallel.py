@@ -1,6 +1,5 @@
 """Strategies with several devices: the world of processes, and collectives on its process group."""
 
-import time
 from abc import ABC
 from dataclasses import dataclass
 from datetime import timedelta
@@ -268,9 +267,6 @@ class ParallelStrategy(Strategy, ABC):
         self._world = None
         if self._owns_group:
             self._owns_group = False
-            # A thread of the backend may still want the interpreter's lock to let go of its last collective. Whoever
-            # frees the group, such as a DDP module that outlives it, waits for that thread while holding the lock.
-            time.sleep(0.005)
             _destroy_dist_connection()
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()

@@ -1,5 +1,6 @@
 """The process group, what goes over it, and samplers that share a data set among its ranks."""
 
+import itertools
 import math
 import os
 import time
@@ -90,13 +91,18 @@ def _init_dist_connection(
 
 
 def _rendezvous(rank: int, size: int, timeout: timedelta | None) -> Store:
+    if size == 1:
+        return torch._C._distributed_c10d.HashStore()  # nobody to meet: no port is opened
     options = {} if timeout is None else {"timeout": timeout}
     store, _, _ = next(rendezvous("env://", rank, size, **options))
     if timeout is not None:
         store.set_timeout(timeout)
-    # The attempts of an elastic launch share one store; without a prefix of their own, the new workers would read the
-    # addresses that the dead ones left there.
-    return PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # The attempts of an elastic launch share one store, and so do the groups that a process joins one after the other
+    # while something still holds the first; without a prefix of their own they would read each other's addresses.
+    return PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/join{next(_joins)}", store)
+
+
+_joins = itertools.count()
 
 
 def _why_not_joined(error: Exception, rank: int, size: int, address: str) -> str:
@@ -114,6 +120,9 @@ def _why_not_joined(error: Exception, rank: int, size: int, address: str) -> str
 def _destroy_dist_connection() -> None:
     """Leave and destroy the process group, if there is one."""
     if _distributed_is_initialized():
+        # A thread of gloo may still want the interpreter's lock to let go of its last collective. Whoever frees the
+        # group, such as a DDP module that outlives it, waits for that thread while holding the lock.
+        time.sleep(0.005)
         dist.destroy_process_group()
 
 

@@ -54,8 +54,8 @@ class Registry(ABC, Generic[_Entry]):
 
     kind: str
 
-    def __init__(self, entries: Mapping[str, _Entry]) -> None:
-        self._entries = dict(entries)
+    def __init__(self, entries: Mapping[str, _Entry] | None = None) -> None:
+        self._entries = dict(entries or {})
 
     @abstractmethod
     def _make_entry(self, cls: Callable[..., Any], description: str, kwargs: Mapping[str, Any]) -> _Entry:
