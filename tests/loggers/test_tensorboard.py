@@ -1,4 +1,5 @@
 import logging
+import multiprocessing
 import os
 import pickle
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning.fabric import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.loggers import tensorboard as module
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -110,6 +112,12 @@ class TestGraph:
         logger.log_graph(model)
         assert written(logger).Tags()["graph"]
 
+    def test_a_module_that_fabric_has_set_up_is_traced(self, tmp_path: Path) -> None:
+        logger = TensorBoardLogger(tmp_path)
+        model = Fabric(accelerator="cpu", precision="bf16-mixed").setup(torch.nn.Linear(2, 1))
+        logger.log_graph(model, torch.ones(1, 2))
+        assert written(logger).Tags()["graph"]
+
 
 def test_a_graph_without_an_example_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="without an example input"):
@@ -135,6 +143,16 @@ class TestWriter:
         copy.finalize("success")
         assert copy.log_dir == logger.log_dir
         assert [e.value for e in written(logger).Scalars("a")] == [1, 2]
+
+    def test_a_fork_gets_its_own(self, tmp_path: Path) -> None:
+        logger = TensorBoardLogger(tmp_path)
+        logger.log_metrics({"a": 1}, step=0)
+
+        child = multiprocessing.get_context("fork").Process(target=logger.log_metrics, args=({"a": 2}, 1))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        assert sorted(e.value for e in written(logger).Scalars("a")) == [1, 2]
 
 
 class TestPackage:

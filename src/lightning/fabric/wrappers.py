@@ -309,16 +309,6 @@ def _indented(text: str) -> str:
 # ---- optimizers ------------------------------------------------------------------------------------------------------
 
 
-class _Step:
-    """``optimizer.step`` of the wrapper: goes first even where a scheduler has patched the original's ``step``."""
-
-    def __get__(self, wrapper: Any, owner: type) -> Any:
-        return _FabricOptimizer._step if wrapper is None else wrapper._step_override or wrapper._step
-
-    def __set__(self, wrapper: Any, value: Any) -> None:
-        wrapper._step_override = value
-
-
 class _FabricOptimizer:
     """The user's optimizer; ``step`` goes through the strategy, everything else straight through.
 
@@ -326,7 +316,8 @@ class _FabricOptimizer:
     attributes: whatever is set on one is seen by the other.
     """
 
-    __slots__ = ("_callbacks", "_optimizer", "_step_override", "_strategy")
+    # `step` is a slot because a slot goes first: the shared attributes may hold a `step` that a scheduler has patched
+    __slots__ = ("_callbacks", "_optimizer", "_strategy", "step")
 
     def __new__(cls, optimizer: Any, strategy: Strategy, callbacks: list[Any] | None = None) -> "_FabricOptimizer":
         if cls is not _FabricOptimizer:
@@ -339,9 +330,7 @@ class _FabricOptimizer:
         self._optimizer = optimizer
         self._strategy = strategy
         self._callbacks = [] if callbacks is None else callbacks
-        self._step_override = None
-
-    step = _Step()
+        self.step = self._step
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step through the strategy and the precision's scaler; returns what the strategy returns."""

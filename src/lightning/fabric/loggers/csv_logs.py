@@ -7,7 +7,6 @@ import os
 import weakref
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
-from multiprocessing.util import Finalize
 from typing import Any
 
 from lightning.fabric.loggers._yaml import to_yaml
@@ -56,6 +55,7 @@ class CSVLogger(_RunFolderLogger):
     @rank_zero_experiment
     def experiment(self) -> "_ExperimentWriter":
         """The writer of ``metrics.csv``; the first use makes the folder."""
+        self._flush_when_process_ends()
         if self._writer is None:
             while not _claim(self.log_dir) and self._numbered:  # another run took this number since we looked
                 self._version = int(self.version) + 1
@@ -91,14 +91,12 @@ class _ExperimentWriter:
         self.metrics_file_path = os.path.join(log_dir, self.NAME_METRICS_FILE)
         self._fs = get_filesystem(log_dir)
         self._local = _is_local_file_protocol(log_dir)
-        self._saves_at_exit_of: int | None = None
         if self._fs.exists(self.metrics_file_path) and self._fs.size(self.metrics_file_path):
             rank_zero_warn(f"CSVLogger: {self.metrics_file_path} exists and will be overwritten by this run's metrics.")
         _writers.add(self)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
         """Hold one row back until the next ``save``."""
-        self._save_at_exit()
         self.metrics.append({**{name: _scalar(name, value) for name, value in metrics.items()}, "step": step})
 
     def save(self) -> None:
@@ -118,7 +116,7 @@ class _ExperimentWriter:
 
     def __getstate__(self) -> dict[str, Any]:
         self.save()  # a copy in another process goes on where this one ends
-        return {**vars(self), "_saves_at_exit_of": None}
+        return vars(self)
 
     def _read(self) -> str:
         with self._fs.open(self.metrics_file_path, "r", newline="", encoding="utf-8") as file:
@@ -139,23 +137,14 @@ class _ExperimentWriter:
         if self._local:
             os.replace(target, self.metrics_file_path)
 
-    def _save_at_exit(self) -> None:
-        if self._saves_at_exit_of != os.getpid():
-            self._saves_at_exit_of = os.getpid()
-            # Not atexit: that does not run in a process started by multiprocessing's fork.
-            Finalize(None, self._save_at_end, exitpriority=10)
-
-    def _save_at_end(self) -> None:
-        if not self._local or os.path.isdir(self.log_dir):
-            self.save()
-
 
 _writers: weakref.WeakSet[_ExperimentWriter] = weakref.WeakSet()
 
 
 def _save_all() -> None:
     for writer in list(_writers):
-        writer.save()
+        if not writer._local or os.path.isdir(writer.log_dir):
+            writer.save()
 
 
 if hasattr(os, "register_at_fork"):

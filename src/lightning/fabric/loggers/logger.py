@@ -5,6 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from multiprocessing.util import Finalize
 from typing import Any
 
 from torch import Tensor
@@ -74,13 +75,14 @@ class _RunFolderLogger(Logger):
 
     def __init__(self, root_dir: _PATH, name: str | None, version: int | str | None, prefix: str) -> None:
         root_dir = os.fspath(root_dir)
-        local = _is_local_file_protocol(root_dir)
-        self._root_dir = os.path.expanduser(root_dir.rpartition("://")[2]) if local else root_dir
+        self._local = _is_local_file_protocol(root_dir)
+        self._root_dir = os.path.expanduser(root_dir.rpartition("://")[2]) if self._local else root_dir
         self._name = name or ""
         self._version = version
         self._prefix = prefix
         self._fs = get_filesystem(self._root_dir)
         self._rows_logged = 0
+        self._used_in_process: int | None = None
 
     @property
     def name(self) -> str:
@@ -120,7 +122,20 @@ class _RunFolderLogger(Logger):
 
     def __getstate__(self) -> dict[str, Any]:
         self.version  # noqa: B018  settles it: a copy in another process belongs to the same run
-        return vars(self)
+        return {**vars(self), "_used_in_process": None}
+
+    def _flush_when_process_ends(self) -> bool:
+        """Arrange it once; return whether this is the first time in this process."""
+        if self._used_in_process == os.getpid():
+            return False
+        self._used_in_process = os.getpid()
+        # Not atexit, which does not run in a process that multiprocessing has forked.
+        Finalize(None, self._flush_if_folder_exists, exitpriority=10)
+        return True
+
+    def _flush_if_folder_exists(self) -> None:
+        if not self._local or os.path.isdir(self.log_dir):
+            self._flush()
 
     @abstractmethod
     def _write_metrics(self, metrics: Mapping[str, Any], step: int) -> None: ...

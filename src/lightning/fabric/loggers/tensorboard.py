@@ -67,7 +67,7 @@ class TensorBoardLogger(_RunFolderLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The ``SummaryWriter``: ``logger.experiment.add_image(...)``. The first use makes the folder."""
-        if self._writer is None:
+        if self._flush_when_process_ends() or self._writer is None:  # a fork leaves the writer's thread behind
             self._fs.makedirs(self.log_dir, exist_ok=True)
             writer = importlib.import_module(self._package()).SummaryWriter
             self._writer = writer(log_dir=self.log_dir, **self._kwargs)
@@ -103,7 +103,8 @@ class TensorBoardLogger(_RunFolderLogger):
                 " `model.example_input_array`."
             )
             return
-        self.experiment.add_graph(model, example)
+        user_module = getattr(model, "_original_module", model)  # what `fabric.setup` returns cannot be traced
+        self.experiment.add_graph(user_module, example)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -5,8 +5,8 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,23 @@ TBroadcast = TypeVar("TBroadcast")
 
 _FULL_PRECISION = Precision()  # has no state, so every strategy without a precision of its own shares it
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()  # may be entered any number of times
+
+
+class _StepHooks(NamedTuple):
+    """What a step calls of a precision, looked up once; None in place of a hook that does nothing."""
+
+    pre_backward: Callable[..., Any] | None
+    backward: Callable[..., Any]
+    post_backward: Callable[..., Any] | None
+    optimizer_step: Callable[..., Any]
+
+    @classmethod
+    def of(cls, precision: Precision) -> "_StepHooks":
+        pre, post = (
+            None if getattr(hook, "__func__", None) is getattr(Precision, hook.__name__) else hook
+            for hook in (precision.pre_backward, precision.post_backward)
+        )
+        return cls(pre, precision.backward, post, precision.optimizer_step)
 
 
 class _BackwardSyncControl(ABC):
@@ -135,6 +152,7 @@ class Strategy(ABC):
     @precision.setter
     def precision(self, precision: Precision | None) -> None:
         self._precision = precision
+        vars(self).pop("_step_hooks", None)
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
@@ -228,14 +246,20 @@ class Strategy(ABC):
 
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Compute gradients of the loss ``tensor`` and synchronise them; extra arguments go to ``Tensor.backward``."""
-        precision = self.precision
-        precision.pre_backward(tensor, module)
-        precision.backward(tensor, module, *args, **kwargs)
-        precision.post_backward(tensor, module)
+        step = self._step_hooks
+        if step.pre_backward is not None:
+            step.pre_backward(tensor, module)
+        step.backward(tensor, module, *args, **kwargs)
+        if step.post_backward is not None:
+            step.post_backward(tensor, module)
 
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         """Step, through the gradient scaler where there is one; ``closure=`` is the only keyword. Returns its loss."""
-        return self.precision.optimizer_step(optimizer, **kwargs)
+        return self._step_hooks.optimizer_step(optimizer, **kwargs)
+
+    @cached_property
+    def _step_hooks(self) -> "_StepHooks":
+        return _StepHooks.of(self.precision)  # at the first step; setting another precision looks them up again
 
     def clip_gradients_norm(
         self,
@@ -247,6 +271,8 @@ class Strategy(ABC):
     ) -> Tensor:
         """Scale the gradients of ``optimizer``'s parameters in place, so that together their norm is ``max_norm``.
 
+        The gradients are of true size already: un-scaled, where the precision scales the loss.
+
         Collective where gradients are sharded. Returns the norm before clipping, a tensor without dimensions; 0 if
         there is no gradient.
 
@@ -254,7 +280,6 @@ class Strategy(ABC):
             RuntimeError: with ``error_if_nonfinite``, if the norm is not finite; gradients are left alone then.
 
         """
-        self.precision.unscale_gradients(optimizer)
         parameters = [p for p in self.precision.main_params(optimizer) if p.grad is not None]
         total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type)
         if error_if_nonfinite and not torch.isfinite(total):
@@ -264,7 +289,6 @@ class Strategy(ABC):
 
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
         """Bound every gradient of ``optimizer``'s parameters to ``[-clip_val, clip_val]`` in place."""
-        self.precision.unscale_gradients(optimizer)
         nn.utils.clip_grad_value_(self.precision.main_params(optimizer), clip_value=clip_val)
 
     # ---- other ranks ---------------------------------------------------------------------------------------------
