@@ -358,9 +358,14 @@ class Fabric:
             model: the set-up model, for strategies that step several of them separately.
 
         """
+        module = None
         if model is not None:
             _checks.set_up_module(model, "backward(model=...)")
-        self._strategy.backward(tensor, None if model is None else model._forward_module, *args, **kwargs)
+            module = model._forward_module
+        if args or kwargs:  # passing on what is empty takes microseconds
+            self._strategy.backward(tensor, module, *args, **kwargs)
+        else:
+            self._strategy.backward(tensor, module)
 
     def clip_gradients(
         self,

@@ -103,10 +103,16 @@ class _FabricModule(_DeviceDtypeModuleMixin):
 
     # -- what is rerouted
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # torch's own way to `forward` takes several microseconds; what it does besides, the module inside does too
+        if self._forward_pre_hooks or self._forward_hooks or self._backward_hooks or self._backward_pre_hooks:
+            return super().__call__(*args, **kwargs)
+        if self._is_plain:
+            return self._forward_module(*args, **kwargs) if kwargs else self._forward_module(*args)
+        return self._run(self._forward_module, args, kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module under its precision and strategy; floating-point inputs and outputs are converted."""
-        if self._is_plain:
-            return self._forward_module(*args, **kwargs)
         return self._run(self._forward_module, args, kwargs)
 
     def mark_forward_method(self, method: str | Callable[..., Any]) -> None:
@@ -142,7 +148,7 @@ class _FabricModule(_DeviceDtypeModuleMixin):
         if kwargs:
             kwargs = precision.convert_input(kwargs)
         with precision.forward_context():
-            output = function(*args, **kwargs)
+            output = function(*args, **kwargs) if kwargs else function(*args)
         return precision.convert_output(output)
 
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -5,8 +5,8 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.plugins.precision.precision import Precision
+from lightning.fabric.plugins.precision.precision import NO_STEP_HOOKS, Precision, StepHooks
 from lightning.fabric.strategies._single_file import (
     _apply_filter,
     _validate_keys_for_strict_loading,
@@ -39,23 +39,6 @@ TBroadcast = TypeVar("TBroadcast")
 
 _FULL_PRECISION = Precision()  # has no state, so every strategy without a precision of its own shares it
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()  # may be entered any number of times
-
-
-class _StepHooks(NamedTuple):
-    """What a step calls of a precision, looked up once; None in place of a hook that does nothing."""
-
-    pre_backward: Callable[..., Any] | None
-    backward: Callable[..., Any]
-    post_backward: Callable[..., Any] | None
-    optimizer_step: Callable[..., Any]
-
-    @classmethod
-    def of(cls, precision: Precision) -> "_StepHooks":
-        pre, post = (
-            None if getattr(hook, "__func__", None) is getattr(Precision, hook.__name__) else hook
-            for hook in (precision.pre_backward, precision.post_backward)
-        )
-        return cls(pre, precision.backward, post, precision.optimizer_step)
 
 
 class _BackwardSyncControl(ABC):
@@ -131,6 +114,7 @@ class Strategy(ABC):
         self._accelerator = accelerator
         self._checkpoint_io = checkpoint_io
         self._precision = precision
+        self._step_hooks: StepHooks | None = None  # what the precision does in a step: asked for at the first one
         self._launcher: _Launcher | None = None
 
     # ---- parts ---------------------------------------------------------------------------------------------------
@@ -152,7 +136,7 @@ class Strategy(ABC):
     @precision.setter
     def precision(self, precision: Precision | None) -> None:
         self._precision = precision
-        vars(self).pop("_step_hooks", None)
+        self._step_hooks = None
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
@@ -246,20 +230,29 @@ class Strategy(ABC):
 
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Compute gradients of the loss ``tensor`` and synchronise them; extra arguments go to ``Tensor.backward``."""
-        step = self._step_hooks
-        if step.pre_backward is not None:
-            step.pre_backward(tensor, module)
-        step.backward(tensor, module, *args, **kwargs)
-        if step.post_backward is not None:
-            step.post_backward(tensor, module)
+        hooks = self._step_hooks or self._ask_precision()
+        if hooks is NO_STEP_HOOKS and not args and not kwargs:  # passing on what is empty takes microseconds
+            tensor.backward()
+            return
+        if hooks.pre_backward is not None:
+            hooks.pre_backward(tensor, module)
+        if hooks.backward is not None:
+            hooks.backward(tensor, module, *args, **kwargs)
+        else:
+            tensor.backward(*args, **kwargs)
+        if hooks.post_backward is not None:
+            hooks.post_backward(tensor, module)
 
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         """Step, through the gradient scaler where there is one; ``closure=`` is the only keyword. Returns its loss."""
-        return self._step_hooks.optimizer_step(optimizer, **kwargs)
+        hook = (self._step_hooks or self._ask_precision()).optimizer_step
+        if hook is not None:
+            return hook(optimizer, **kwargs)
+        return optimizer.step(**kwargs) if kwargs else optimizer.step()
 
-    @cached_property
-    def _step_hooks(self) -> "_StepHooks":
-        return _StepHooks.of(self.precision)  # at the first step; setting another precision looks them up again
+    def _ask_precision(self) -> StepHooks:
+        self._step_hooks = self.precision.step_hooks()
+        return self._step_hooks
 
     def clip_gradients_norm(
         self,

@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import LBFGS, Optimizer
 
 from lightning.fabric.plugins.precision._dtypes import cast_floating
-from lightning.fabric.plugins.precision.precision import Precision
+from lightning.fabric.plugins.precision.precision import NO_STEP_HOOKS, Precision, StepHooks
 
 _DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
@@ -38,7 +38,7 @@ class MixedPrecision(Precision):
         self.device = device
         self._scaler = scaler
         self._update_due = False
-        self._autocast: dict[str, Any] | None = None
+        self._autocast: tuple[tuple[str, Any], ...] | None = None
 
     @property
     def scaler(self) -> GradScaler | None:
@@ -54,21 +54,28 @@ class MixedPrecision(Precision):
         self._update_due = False
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        if torch.compiler.is_compiling():  # the compiler understands this, but not what follows
+        if torch.compiler.is_dynamo_compiling():  # the compiler understands this, but not what follows
             return torch.autocast(self.device, dtype=_DTYPES[self.precision])
-        # Making a `torch.autocast` checks the device and the dtype each time, which costs half as much as entering it.
+        # Making a `torch.autocast` checks the device and the dtype each time, which costs as much as entering it.
         # Each forward gets a fresh copy of one that was checked, because forwards may be nested.
         if self._autocast is None:
-            self._autocast = vars(torch.autocast(self.device, dtype=_DTYPES[self.precision]))
+            self._autocast = tuple(vars(torch.autocast(self.device, dtype=_DTYPES[self.precision])).items())
         context = torch.autocast.__new__(torch.autocast)
-        context.__dict__.update(self._autocast)
+        for name, value in self._autocast:
+            setattr(context, name, value)
         return context
 
     def convert_input(self, data: Any) -> Any:
-        return cast_floating(data, torch.float32)
+        for item in data if type(data) is tuple else (data,):
+            if type(item) is not Tensor or item.dtype is not torch.float32:
+                return cast_floating(data, torch.float32)
+        return data
 
     def convert_output(self, data: Any) -> Any:
-        return cast_floating(data, torch.get_default_dtype())
+        dtype = torch.get_default_dtype()
+        if type(data) is Tensor and dtype is torch.float32 and data.is_floating_point():
+            return data.float()
+        return cast_floating(data, dtype)
 
     def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         if (scaler := self.scaler) is not None:
@@ -92,6 +99,9 @@ class MixedPrecision(Precision):
         # so the update waits for the next backward, or for somebody who looks at the scaler.
         self._update_due = True
         return result if closure is None else loss
+
+    def step_hooks(self) -> StepHooks:
+        return NO_STEP_HOOKS if type(self) is MixedPrecision and self._made_scaler() is None else super().step_hooks()
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         scaler = self._scaler

@@ -1,8 +1,8 @@
 """The contract of a precision, which is 32-bit itself."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,6 +20,18 @@ _PRECISION_INPUT_STR: TypeAlias = Literal[
     "transformer-engine-float16",
 ]
 _PRECISION_INPUT: TypeAlias = _PRECISION_INPUT_INT | _PRECISION_INPUT_STR_ALIAS | _PRECISION_INPUT_STR
+
+
+class StepHooks(NamedTuple):
+    """What a precision does in each step beside torch's own ``backward`` and ``step``; None: nothing."""
+
+    pre_backward: Callable[..., Any] | None = None
+    backward: Callable[..., None] | None = None
+    post_backward: Callable[..., Any] | None = None
+    optimizer_step: Callable[..., Any] | None = None
+
+
+NO_STEP_HOOKS = StepHooks()
 
 
 class Precision:
@@ -73,6 +85,17 @@ class Precision:
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         """Step ``optimizer``, with ``closure=`` if the user gave one, and return what the step returned."""
         return optimizer.step(**kwargs)
+
+    def step_hooks(self) -> StepHooks:
+        """Return those methods of the step that do something here, so that no step asks again.
+
+        ``NO_STEP_HOOKS`` itself, if none does.
+        """
+        hooks = {name: getattr(self, name) for name in StepHooks._fields}
+        own = {
+            name: hook for name, hook in hooks.items() if getattr(hook, "__func__", hook) is not vars(Precision)[name]
+        }
+        return StepHooks(**own) if own else NO_STEP_HOOKS
 
     def main_params(self, optimizer: Optimizer) -> Generator[Tensor, None, None]:
         """Yield the parameters that ``optimizer`` updates."""
