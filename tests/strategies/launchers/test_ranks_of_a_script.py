@@ -23,7 +23,7 @@ FACTS = """
         "neighbour": __import__("neighbour").__file__,
         "env": {k: v for k, v in os.environ.items() if "RANK" in k or "WORLD" in k or k.startswith(("LT_", "MASTER_"))},
     }
-    print(json.dumps(facts), flush=True)
+    print(json.dumps(facts) + "\\n", end="", flush=True)
 """
 
 
@@ -88,7 +88,7 @@ def test_a_signal_is_passed_on_and_the_exit_code_comes_back(programs):
     import signal, sys, time
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
-    print("ready", flush=True)
+    print("ready\\n", end="", flush=True)
     time.sleep(1000)
     """
     program = programs.start(*FABRIC_RUN, programs.write(script), **WITHOUT_TORCH)

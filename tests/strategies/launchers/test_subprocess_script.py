@@ -117,7 +117,7 @@ def test_every_rank_has_the_same_command_folder_and_threads(programs):
 def test_the_ranks_end_when_what_started_them_is_killed(programs, launcher):
     script = f"""{LAUNCH}
     fabric.barrier()
-    print("ready", flush=True)
+    print("ready\\n", end="", flush=True)
     time.sleep(1000)
     """
     program = programs.start(*launcher, programs.write(script))

@@ -1,10 +1,10 @@
 """The process group, what goes over it, and samplers that share a data set among its ranks."""
 
-import itertools
 import math
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sized
 from contextlib import suppress
 from datetime import timedelta
@@ -79,7 +79,7 @@ def _init_dist_connection(
     address, port = cluster_environment.main_address, cluster_environment.main_port
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
     try:
-        store = _rendezvous(rank, size, kwargs.get("timeout"))
+        store = _rendezvous(rank, size, f"{address}:{port}", kwargs.get("timeout"))
         dist.init_process_group(torch_distributed_backend, store=store, rank=rank, world_size=size, **kwargs)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "Gloo" not in str(error):
@@ -90,7 +90,7 @@ def _init_dist_connection(
     rank_zero_info(f"Joined {size} process(es) at {address}:{port} with backend {torch_distributed_backend!r}.")
 
 
-def _rendezvous(rank: int, size: int, timeout: timedelta | None) -> Store:
+def _rendezvous(rank: int, size: int, address: str, timeout: timedelta | None) -> Store:
     if size == 1:
         return torch._C._distributed_c10d.HashStore()  # nobody to meet: no port is opened
     options = {} if timeout is None else {"timeout": timeout}
@@ -99,10 +99,12 @@ def _rendezvous(rank: int, size: int, timeout: timedelta | None) -> Store:
         store.set_timeout(timeout)
     # The attempts of an elastic launch share one store, and so do the groups that a process joins one after the other
     # while something still holds the first; without a prefix of their own they would read each other's addresses.
-    return PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/join{next(_joins)}", store)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _joins[address] += 1
+    return PrefixStore(f"restart{restart}/join{_joins[address]}", store)
 
 
-_joins = itertools.count()
+_joins: Counter[str] = Counter()  # by address, since every rank counts alike only those where all of them met
 
 
 def _why_not_joined(error: Exception, rank: int, size: int, address: str) -> str:
