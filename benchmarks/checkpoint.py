@@ -24,8 +24,11 @@ def large(megabytes: int) -> nn.Module:
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(LAYERS)))
 
 
-def pairs(folder: Path, megabytes: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """Return ``task -> (bare PyTorch, Fabric)``."""
+Task = tuple[Callable[[], object], Callable[[], object], Callable[[], object] | None]
+
+
+def tasks(folder: Path, megabytes: int) -> dict[str, Task]:
+    """Return ``task -> (bare PyTorch, Fabric, what comes before each without being timed)``."""
     fabric = Fabric(accelerator="cpu", devices=1)
     model = large(megabytes)
     wrapped = fabric.setup(model)
@@ -45,13 +48,26 @@ def pairs(folder: Path, megabytes: int) -> dict[str, tuple[Callable[[], object],
             created = large(megabytes)
         fabric.load(fabric_file, {"model": fabric.setup(created)})
 
+    def bare_save() -> None:
+        torch.save({"model": model.state_dict()}, bare_file)
+
+    def fabric_save() -> None:
+        fabric.save(fabric_file, {"model": wrapped})
+
+    def remove_files() -> None:
+        bare_file.unlink(missing_ok=True)
+        fabric_file.unlink(missing_ok=True)
+
+    def write_files() -> None:
+        for file, save in ((bare_file, bare_save), (fabric_file, fabric_save)):
+            if not file.exists():
+                save()
+
     return {
-        "save": (
-            lambda: torch.save({"model": model.state_dict()}, bare_file),
-            lambda: fabric.save(fabric_file, {"model": wrapped}),
-        ),
-        "load": (bare_load, lambda: fabric.load(fabric_file, {"model": wrapped})),
-        "create and fill": (bare_create, fabric_create),
+        "save": (bare_save, fabric_save, remove_files),
+        "save over an older file": (bare_save, fabric_save, write_files),
+        "load": (bare_load, lambda: fabric.load(fabric_file, {"model": wrapped}), write_files),
+        "create and fill": (bare_create, fabric_create, None),
     }
 
 
@@ -63,9 +79,12 @@ def main() -> None:
 
     rows, raw = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        for task, (bare, fabric) in pairs(Path(folder), args.megabytes).items():
+        for task, (bare, fabric, before) in tasks(Path(folder), args.megabytes).items():
+            if before is not None:
+                before()
             memory = {"bare": peak_extra_megabytes(bare), "fabric": peak_extra_megabytes(fabric)}
-            time = take_turns({"bare": partial(seconds, bare), "fabric": partial(seconds, fabric)}, args.rounds)
+            ways = {"bare": partial(seconds, bare, before), "fabric": partial(seconds, fabric, before)}
+            time = take_turns(ways, args.rounds)
             median = {name: statistics.median(values) for name, values in time.items()}
             rows.append([task, *median.values(), median["fabric"] / median["bare"], *memory.values()])
             raw[task] = {"seconds": time, "peak extra MB": memory}

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,7 +25,10 @@ def take_turns(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
     return found
 
 
-def seconds(function: Callable[[], Any]) -> float:
+def seconds(function: Callable[[], Any], before: Callable[[], Any] | None = None) -> float:
+    """Return the seconds of one call, without those of ``before``."""
+    if before is not None:
+        before()
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -41,12 +45,24 @@ def per_call(function: Callable[[], Any], calls: int) -> float:
 
 
 def peak_extra_megabytes(function: Callable[[], Any]) -> float:
-    """Return how far resident memory rose above its level at the start, at the highest moment (Linux)."""
+    """Return how far the process's own memory rose above its level at the start, at the highest moment (Linux).
+
+    Pages of a mapped file do not count: the kernel drops them when somebody needs the memory.
+    """
     gc.collect()
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("RssAnon")
+    levels, is_over = [before], threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.001):
+            levels.append(_status("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     function()
-    return (_status("VmHWM") - before) / 1e3
+    is_over.set()
+    watcher.join()
+    return (max(*levels, _status("RssAnon")) - before) / 1e3
 
 
 def _status(field: str) -> int:
