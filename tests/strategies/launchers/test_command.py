@@ -50,6 +50,21 @@ def test_the_command_names_the_same_program(programs, arguments, command):
     assert result.stdout.splitlines() == [word.format(folder=programs.folder) for word in command], result.stderr
 
 
+@pytest.mark.parametrize("arguments", [["train.py", "a", "b"], ["-m", "package.module", "a", "b"]])
+def test_arguments_that_the_program_has_taken_out_are_given_again(programs, arguments):
+    for name in ("train.py", "package/module.py"):
+        programs.write("import sys; del sys.argv[1]; " + PRINT, name)
+    assert programs.run(*arguments).stdout.splitlines() == arguments
+
+
+def test_arguments_that_another_program_has_put_there_are_kept(programs):
+    programs.write(PRINT, "train.py")
+    programs.write(
+        "import runpy, sys; sys.argv = ['train.py', 'x']; runpy.run_path('train.py', run_name='__main__')", "wrap.py"
+    )
+    assert programs.run("wrap.py", "y").stdout.splitlines() == ["train.py", "x"]
+
+
 def test_the_code_of_a_c_option_is_kept(programs):
     assert programs.run("-B", "-c", PRINT, "x").stdout.splitlines() == ["-B", "-c", PRINT, "x"]
 

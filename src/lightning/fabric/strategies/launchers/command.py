@@ -3,7 +3,7 @@
 import multiprocessing.process
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _TAKE_A_VALUE = ("W", "X")
@@ -21,20 +21,24 @@ def command_of_this_program() -> list[str]:
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     if spec is not None and spec.name != "__main__":  # `-m package` runs the module package.__main__
-        return [*python, "-m", spec.name.removesuffix(".__main__"), *_arguments()]
+        module = spec.name.removesuffix(".__main__")
+        return [*python, "-m", module, *_arguments(lambda before, word: before == "-m" and word == module)]
     if spec is not None:  # a folder or a zip file
-        return [*python, os.path.join(directory_of_this_program(), sys.argv[0]), *_arguments()]
+        program = os.path.join(directory_of_this_program(), sys.argv[0])
+        return [*python, program, *_arguments(lambda _, word: _is_file(word, program))]
     if not os.path.isfile(getattr(main, "__file__", None) or ""):
         raise RuntimeError(
             "Launching several processes runs the script again for each of them, but this Python session has no "
             "script. Put the code into a file, or use strategy='ddp_notebook' with `fabric.launch(function)`."
         )
-    return [*python, _script(str(main.__file__)), *_arguments()]
+    file = str(main.__file__)
+    script = sys.argv[0] if _is_file(sys.argv[0], file) else os.path.abspath(file)
+    return [*python, script, *_arguments(lambda _, word: _is_file(word, file))]
 
 
-def _script(file: str) -> str:
-    as_given = os.path.join(directory_of_this_program(), sys.argv[0])
-    return sys.argv[0] if os.path.exists(as_given) and os.path.samefile(as_given, file) else os.path.abspath(file)
+def _is_file(word: str, file: str) -> bool:
+    given = os.path.join(directory_of_this_program(), word)
+    return os.path.exists(given) and os.path.samefile(given, file)
 
 
 def directory_of_this_program() -> str:
@@ -63,11 +67,18 @@ def interpreter_flags(orig_argv: Sequence[str]) -> list[str]:
     return flags
 
 
-def _arguments() -> list[str]:
+def _arguments(names_program: Callable[[str, str], bool]) -> list[str]:
+    """What followed the program's name on the command line, whatever the program has since done to ``sys.argv``.
+
+    ``names_program(word_before, word)`` finds the name; what it does not find was started by other means.
+    """
+    words = sys.orig_argv
+    named = next((i for i in range(1, len(words)) if names_program(words[i - 1], words[i])), None)
+    arguments = sys.argv[1:] if named is None else words[named + 1 :]
     hydra = sys.modules.get("hydra.core.hydra_config")
     if hydra is not None and hydra.HydraConfig.initialized():
-        return _hydra_arguments(sys.argv[1:], hydra.HydraConfig.get())
-    return sys.argv[1:]
+        return _hydra_arguments(arguments, hydra.HydraConfig.get())
+    return arguments
 
 
 def _hydra_arguments(arguments: Sequence[str], config: Any) -> list[str]:
