@@ -144,6 +144,8 @@ def test_a_given_port_that_is_taken_is_refused(script, capsys):
             "--devices must be a count (2), a list (0,1), -1 or auto, but got 'two'",
         ),
         (["run", "--devices", "0", "train.py"], "but got '0'"),
+        (["run", "--main-port", "0", "train.py"], "--main-port must be from 1 to 65535, but got 0"),
+        (["run", "--main-port", "70000", "train.py"], "but got 70000"),
         (["run", "--num-nodes", "0", "train.py"], "'0' is not a whole number above 0"),
         (["walk"], "invalid choice: 'walk'"),
         ([], "required"),

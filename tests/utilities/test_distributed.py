@@ -190,6 +190,12 @@ class TestInit:
                 _init_dist_connection(_Environment(), "gloo", global_rank=0, world_size=2)
         assert not _distributed_is_initialized()
 
+    @pytest.mark.parametrize("port", ["0", "65536"])
+    def test_a_port_that_cannot_be_is_refused(self, one_rank: None, monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(ValueError, match=f"MASTER_PORT must be from 1 to 65535.*but it is {port}"):
+            _init_dist_connection(_Environment(), "gloo", global_rank=0, world_size=2)
+
     def test_other_failures_are_passed_on(self, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*args: Any, **kwargs: Any) -> None:
             raise RuntimeError("Distributed package doesn't have this backend built in")

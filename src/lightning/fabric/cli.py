@@ -199,6 +199,8 @@ def _num_cores() -> int:
 
 def _choose_port(options: argparse.Namespace) -> int:
     wanted = _MAIN_PORT if options.main_port is None else options.main_port
+    if not 0 < wanted < 2**16:
+        raise ValueError(f"--main-port must be from 1 to 65535, but got {wanted}.")
     if options.node_rank != 0 or not _is_taken(wanted):
         return int(wanted)
     if options.main_port is None and options.num_nodes in (None, 1):
@@ -224,7 +226,7 @@ def _is_taken(port: int) -> bool:
 def _or_error(parser: argparse.ArgumentParser, decide: Callable[[], int]) -> int:
     try:
         return decide()
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         parser.error(str(error))
 
 

@@ -69,6 +69,7 @@ def _init_dist_connection(
 
     Raises:
         RuntimeError: no ``torch.distributed``, the port is taken, or not all ranks came in time.
+        ValueError: there is no such port.
     """
     if not dist.is_available():
         raise RuntimeError("This build of torch has no `torch.distributed`, so several processes cannot work together.")
@@ -77,6 +78,8 @@ def _init_dist_connection(
     rank = cluster_environment.global_rank() if global_rank is None else global_rank
     size = cluster_environment.world_size() if world_size is None else world_size
     address, port = cluster_environment.main_address, cluster_environment.main_port
+    if size > 1 and not 0 < port < 2**16:
+        raise ValueError(f"MASTER_PORT must be from 1 to 65535, the same for all {size} ranks, but it is {port}.")
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
     try:
         store = _rendezvous(rank, size, f"{address}:{port}", kwargs.get("timeout"))
