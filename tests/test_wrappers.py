@@ -201,6 +201,32 @@ class TestForward:
         assert not torch.is_autocast_enabled("cpu")
         assert out.dtype == torch.float32
 
+    def test_a_forward_put_on_the_wrapper_is_run_inside_the_strategy(self):
+        wrapper = wrapped()
+        wrapper.forward = lambda x: x + 1
+        assert wrapper(torch.ones(1)).item() == 2.0
+        assert wrapper._forward_module.calls == 1
+
+    def test_hooks_of_the_wrapper_run(self):
+        wrapper, seen = wrapped(), []
+        wrapper.register_forward_pre_hook(lambda module, args: seen.append("before"))
+        wrapper.register_forward_hook(lambda module, args, output: seen.append("after"))
+        wrapper(torch.ones(1, 3))
+        assert seen == ["before", "after"]
+
+    @pytest.mark.parametrize("precision", [Precision(), MixedPrecision("bf16-mixed", "cpu")])
+    def test_it_compiles_as_a_whole_and_in_place(self, precision):
+        x = torch.ones(1, 3)
+        for compile_it in (
+            lambda module: torch.compile(module, backend="eager", fullgraph=True),
+            lambda module: module.compile(backend="eager", fullgraph=True) or module,
+        ):
+            net = Net()
+            wrapper = _FabricModule(net, strategy_with(precision))
+            expected = wrapper(x)
+            assert torch.equal(compile_it(wrapper)(x), expected)
+        assert net._compiled_call_impl is not None
+
     def test_error_in_forward_leaves_autocast(self):
         class Fails(nn.Module):
             def forward(self, x):

@@ -223,6 +223,10 @@ class _FabricModule(_DeviceDtypeModuleMixin):
         """The original module's children."""
         return self._original_module.named_children()
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile in place what the strategy calls."""
+        self._forward_module.compile(*args, **kwargs)
+
     def apply(self, fn: Callable[[nn.Module], None]) -> "_FabricModule":
         """Apply ``fn`` to the original module and everything in it."""
         self._original_module.apply(fn)
@@ -254,7 +258,8 @@ class _FabricModule(_DeviceDtypeModuleMixin):
         return route
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__ or hasattr(type(self), name) or "_is_plain" not in self.__dict__:
+        is_own = name in self.__dict__ or (hasattr(type(self), name) and name != "forward")
+        if is_own or "_is_plain" not in self.__dict__:
             super().__setattr__(name, value)
         else:  # what `forward` reads as `self.name` lives on the original
             setattr(self._original_module, name, value)
