@@ -542,7 +542,7 @@ class Fabric:
         Raises:
             TypeError: if ``filter`` or one of its functions is of a wrong type.
             ValueError: if ``filter`` has a name that ``state`` has not.
-            RuntimeError: on every rank, if one fails to write.
+            RuntimeError: on the other ranks, if one fails to write; that one raises its own error.
 
         """
         if isinstance(path, Mapping):
@@ -588,11 +588,12 @@ class Fabric:
         """
         self._require_launch("load")
         self._strategy.barrier("fabric.load")
-        plain = None if state is None else {name: unwrap(value) for name, value in state.items()}
-        restored = None if plain is None else dict(plain)
+        if state is None:
+            return self._strategy.load_checkpoint(path=path, state=None, strict=strict, weights_only=weights_only)
+        unwrapped = {name: unwrap(value) for name, value in state.items()}
+        restored = dict(unwrapped)
         remainder = self._strategy.load_checkpoint(path=path, state=restored, strict=strict, weights_only=weights_only)
-        if state is not None and plain is not None and restored is not None:
-            state.update({name: value for name, value in restored.items() if value is not plain.get(name)})
+        state.update({name: value for name, value in restored.items() if value is not unwrapped.get(name)})
         return remainder
 
     def load_raw(
