@@ -108,13 +108,19 @@ def test_a_fork_needs_no_importable_function():
 
 
 def test_an_interrupt_leaves_no_orphans(tmp_path):
+    # a test run that was itself started in the background ignores interrupts
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupt_the_parent():
         (tmp_path / "pid").write_text(str(os.getpid()))
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(100)
 
-    with pytest.raises(KeyboardInterrupt):
-        launch("fork", interrupt_the_parent, processes=1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch("fork", interrupt_the_parent, processes=1)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert not os.path.exists(f"/proc/{(tmp_path / 'pid').read_text()}")
 
 

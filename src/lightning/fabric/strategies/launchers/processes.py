@@ -101,14 +101,14 @@ class RankProcesses:
         """Block until every process has ended well (True), or one has failed or the seconds are over (False)."""
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = _POLL
-        while not self.has_failed():
-            if not self.running():
-                return True
-            if deadline is not None and time.monotonic() > deadline:
+        while True:
+            running = self.running()  # before the look at failures, which then sees how all others have ended
+            if self.has_failed() or (deadline is not None and time.monotonic() > deadline and running):
                 return False
+            if not running:
+                return True
             time.sleep(pause)
             pause = min(pause * 1.05, _SLOW_POLL)  # a long run is not worth many looks
-        return False
 
     def wait_for_end(self, timeout: float, ranks: Iterable[int] | None = None) -> None:
         """Block until every process (of ``ranks``) has ended, well or not, or ``timeout`` seconds are over."""
