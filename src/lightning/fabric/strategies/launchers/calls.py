@@ -1,5 +1,6 @@
 """A function call on its way into another process, and its result or error on the way back, all by value."""
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -7,6 +8,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping
+from multiprocessing import util
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -108,6 +110,19 @@ def _exit_now(error: BaseException) -> NoReturn:
 
 def destroy_process_group() -> None:
     """Leave the process group, if there is one: a process that ends with a group may abort at its exit."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if "torch.distributed" in sys.modules:
+        from lightning.fabric.utilities.distributed import _destroy_dist_connection
+
+        _destroy_dist_connection()
+
+
+def leave() -> NoReturn:
+    """End this process well: what was registered for its end runs, the interpreter is not taken apart.
+
+    A module that outlives the process group holds on to the group's threads; the interpreter may abort over them.
+    """
+    util._exit_function()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -119,6 +119,8 @@ def _run_rank(
 ) -> None:
     _set_up_process(start_method, num_processes, env, parent)
     calls.run_call(call, folder, rank, folder / "result.pt" if env["LOCAL_RANK"] == "0" else None)
+    if start_method == "spawn":  # the others leave like this anyway
+        calls.leave()
 
 
 def _set_up_process(start_method: StartMethod, num_processes: int, env: dict[str, str], parent: int) -> None:
