@@ -43,9 +43,8 @@ def run_script(
         The exit code: 0, or that of the rank that failed first, as a shell shows it (128 + the signal's number).
     """
     ranks = RankProcesses(tempfile.mkdtemp(prefix="ranks-"))
-    _start(
-        ranks, script, arguments, envs, preload
-    )  # a forked rank does not come back from here, so nothing is open around it
+    # a forked rank does not come back from here, so nothing is open around it
+    _start(ranks, script, arguments, envs, preload)
     try:
         with _passing_signals_on(ranks) as signals:
             if ranks.wait():
