@@ -1,4 +1,7 @@
-"""`fabric run`: which words are whose, what is exported, how many ranks, which port, and what a mistake is told."""
+"""`fabric run`: which words are whose, what is exported, how many ranks, which port, and what a mistake is told.
+
+And that `fabric consolidate` reaches its command.
+"""
 
 import socket
 import subprocess
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 
 from lightning.fabric import cli
 from lightning.fabric.strategies.launchers import ranks_of_a_script
+from lightning.fabric.utilities import consolidate_checkpoint
 
 
 @pytest.fixture
@@ -148,6 +152,7 @@ def test_a_given_port_that_is_taken_is_refused(script, capsys):
         (["run", "--main-port", "70000", "train.py"], "but got 70000"),
         (["run", "--num-nodes", "0", "train.py"], "'0' is not a whole number above 0"),
         (["walk"], "invalid choice: 'walk'"),
+        (["consolidate"], "the following arguments are required: FOLDER"),
         ([], "required"),
     ],
 )
@@ -158,11 +163,33 @@ def test_a_mistake_ends_with_a_message(script, started, capsys, words, message):
     assert not started
 
 
-def test_help_answers_without_torch():
+def _help_without_torch(*words):
     code = (
         "import sys\nfrom lightning.fabric import cli\n"
-        "try: cli.main(['run', '--help'])\nfinally: assert 'torch' not in sys.modules"
+        f"try: cli.main([*{words}, '--help'])\nfinally: assert 'torch' not in sys.modules"
     )
-    help_text = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_help_answers_without_torch():
+    assert "merge a sharded checkpoint into one file" in _help_without_torch()
+    help_text = _help_without_torch("run")
     assert "fabric run [OPTIONS] SCRIPT" in help_text
     assert "ddp_spawn" not in help_text
+    assert "FOLDER.consolidated" in _help_without_torch("consolidate")
+
+
+@pytest.mark.parametrize("option", ["--output_file", "--output-file"])
+def test_consolidate_reaches_its_command(monkeypatch, option):
+    calls = []
+    monkeypatch.setattr(
+        consolidate_checkpoint, "consolidate_checkpoint", lambda *call: calls.append(call) or "merged.pt"
+    )
+    assert cli.main(["consolidate", "folder"]) == 0
+    assert cli.main(["consolidate", "folder", option, "merged.pt"]) == 0
+    assert calls == [("folder", None), ("folder", "merged.pt")]
+
+
+def test_consolidate_of_nothing_is_a_message_and_exit_code_1(capsys, tmp_path):
+    assert cli.main(["consolidate", str(tmp_path / "gone")]) == 1
+    assert "does not exist" in capsys.readouterr().err

@@ -23,26 +23,35 @@ PROMISED = {
     "accelerators.mps": "MPSAccelerator",
     "accelerators.xla": "XLAAccelerator",
     "accelerators.registry": "ACCELERATOR_REGISTRY",
-    "strategies": "Strategy ParallelStrategy SingleDeviceStrategy DataParallelStrategy DDPStrategy STRATEGY_REGISTRY",
+    "strategies": "Strategy ParallelStrategy SingleDeviceStrategy DataParallelStrategy DDPStrategy STRATEGY_REGISTRY"
+    " FSDPStrategy DeepSpeedStrategy ModelParallelStrategy XLAStrategy XLAFSDPStrategy SingleDeviceXLAStrategy",
     "strategies.strategy": "Strategy TBroadcast _BackwardSyncControl _Sharded _apply_filter"
     " _validate_keys_for_strict_loading",
     "strategies.parallel": "ParallelStrategy",
     "strategies.single_device": "SingleDeviceStrategy",
     "strategies.ddp": "DDPStrategy",
     "strategies.dp": "DataParallelStrategy",
+    "strategies.fsdp": "FSDPStrategy",
+    "strategies.deepspeed": "DeepSpeedStrategy",
+    "strategies.model_parallel": "ModelParallelStrategy",
+    "strategies.xla": "XLAStrategy",
+    "strategies.xla_fsdp": "XLAFSDPStrategy _activation_checkpointing_auto_wrapper",
     "strategies.registry": "STRATEGY_REGISTRY",
     "strategies.launchers.subprocess_script": "_SubprocessScriptLauncher",
     "strategies.launchers.multiprocessing": "_MultiProcessingLauncher",
     "strategies.launchers.launcher": "_Launcher",
+    "strategies.launchers.xla": "_XLALauncher",
     "plugins": "Precision DoublePrecision MixedPrecision HalfPrecision ClusterEnvironment LightningEnvironment"
-    " TorchElasticEnvironment CheckpointIO TorchCheckpointIO Collective TorchCollective SingleDeviceCollective",
-    "plugins.precision": "Precision DoublePrecision MixedPrecision HalfPrecision",
+    " TorchElasticEnvironment CheckpointIO TorchCheckpointIO Collective TorchCollective SingleDeviceCollective"
+    " FSDPPrecision DeepSpeedPrecision XLAPrecision XLAEnvironment XLACheckpointIO",
+    "plugins.precision": "Precision DoublePrecision MixedPrecision HalfPrecision FSDPPrecision DeepSpeedPrecision"
+    " XLAPrecision",
     "plugins.precision.precision": "Precision _PRECISION_INPUT",
     "plugins.collectives": "Collective TorchCollective SingleDeviceCollective",
     "plugins.collectives.torch_collective": "TorchCollective default_pg_timeout",
-    "plugins.environments": "ClusterEnvironment LightningEnvironment TorchElasticEnvironment",
+    "plugins.environments": "ClusterEnvironment LightningEnvironment TorchElasticEnvironment XLAEnvironment",
     "plugins.environments.cluster_environment": "ClusterEnvironment",
-    "plugins.io": "CheckpointIO TorchCheckpointIO",
+    "plugins.io": "CheckpointIO TorchCheckpointIO XLACheckpointIO",
     "plugins.io.checkpoint_io": "CheckpointIO",
     "plugins.io.torch_io": "TorchCheckpointIO",
     "loggers": "Logger CSVLogger TensorBoardLogger",
@@ -76,7 +85,7 @@ PROMISED = {
     "utilities.enums": "LightningEnum",
     "utilities.registry": "",
     "utilities.device_parser": "",
-    "testing": "on_ranks",
+    "testing": "on_ranks check_strategy",
 }
 ROOT = Path(lightning.fabric.__file__).parent
 PACKAGES = ["lightning.fabric"] + [

@@ -572,6 +572,18 @@ class TestCollectivesOnOneDevice:
             raise ValueError("mine")
 
 
+class Stepper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.linear(x)
+
+    def training_step(self, x):
+        return self(x).sum()
+
+
 class TestInit:
     @pytest.mark.parametrize(
         ("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16), ("64-true", torch.float64)]
@@ -592,6 +604,27 @@ class TestInit:
         with on_cpu().init_module():
             nn.Linear(8, 8)
         assert not torch.equal(torch.get_rng_state(), before)
+
+    def test_what_nothing_has_filled_is_refused_by_name_at_the_first_forward_and_the_first_step(self):
+        fabric = Fabric(accelerator="cpu", devices=1)
+        with fabric.init_module(empty_init=True):
+            model = Stepper()
+        original = model.linear.weight
+        model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for use in (model, model.training_step):
+            with pytest.raises(RuntimeError, match=r"A forward of Stepper would use .* 'linear.weight', 'linear.bias'"):
+                use(torch.ones(1, 2))
+        with pytest.raises(RuntimeError, match=r"A step of SGD would use .* \"param_groups\[0\]\['params'\]\[0\]"):
+            optimizer.step()
+        model.load_state_dict({"linear.weight": torch.ones(1, 2)}, strict=False)
+        with pytest.raises(RuntimeError, match=r"filled with NaN\): 'linear.bias'"):
+            model(torch.ones(1, 2))
+        model.load_state_dict({"linear.bias": torch.ones(1)}, strict=False)
+        fabric.backward(model(torch.ones(1, 2)).sum())
+        optimizer.step()
+        torch.testing.assert_close(model.training_step(torch.ones(1, 2)).item(), 2.7)
+        assert not model._forward_pre_hooks
+        assert model.linear.weight is original
 
     def test_sharded_model_is_a_deprecated_name(self):
         with pytest.warns(DeprecationWarning, match="init_module"), on_cpu().sharded_model():

@@ -1,3 +1,6 @@
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -6,6 +9,8 @@ from lightning.fabric.utilities.init import (
     _EmptyInit,
     _has_meta_device_parameters_or_buffers,
     _materialize_meta_tensors,
+    refuse_unfilled,
+    unfilled,
 )
 
 INPLACE = [
@@ -21,6 +26,51 @@ INPLACE = [
 ]
 
 
+def _untouched(weight: torch.Tensor) -> bool:
+    """Still full of sevens, but for the marks at both ends."""
+    first, *middle, last = weight.flatten().tolist()
+    return first != first and last != last and set(middle) <= {7.0}
+
+
+class TestUnfilled:
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        with _EmptyInit():
+            return nn.Sequential(nn.Linear(2, 3), nn.Embedding(3, 2, padding_idx=0), nn.LayerNorm(2))
+
+    def test_every_parameter_of_an_empty_model_is_named(self, model: nn.Module) -> None:
+        assert unfilled(model.named_parameters()) == [name for name, _ in model.named_parameters()]
+
+    @pytest.mark.parametrize("change", [copy.deepcopy, nn.Module.double, lambda model: model.to(torch.bfloat16)])
+    def test_copies_and_conversions_are_still_empty(
+        self, model: nn.Module, change: Callable[[nn.Module], nn.Module]
+    ) -> None:
+        assert len(unfilled(change(model).named_parameters())) == 5
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_what_was_loaded_is_filled(self, model: nn.Module, assign: bool) -> None:
+        model.load_state_dict({"0.weight": torch.ones(3, 2)}, strict=False, assign=assign)
+        assert unfilled(model.named_parameters()) == ["0.bias", "1.weight", "2.weight", "2.bias"]
+
+    def test_what_was_written_past_autograd_is_filled(self, model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.data.normal_()
+        assert unfilled(model.named_parameters()) == []
+        refuse_unfilled(model.named_parameters(), "A forward")
+
+    def test_the_error_names_them(self, model: nn.Module) -> None:
+        with pytest.raises(RuntimeError, match=r"A forward would use parameters .* empty.*: '0.weight', '0.bias'"):
+            refuse_unfilled(model.named_parameters(), "A forward")
+
+    def test_other_tensors_are_not_asked(self) -> None:
+        with _EmptyInit():
+            nn.init.zeros_(torch.empty(2))
+        nan = torch.full((2,), float("nan"))
+        tensors = {"int": torch.tensor([1]), "none": torch.empty(0), "meta": nan.to("meta"), "one": torch.tensor(1.0)}
+        assert unfilled(tensors.items()) == []
+        assert unfilled({"nan": nan}.items()) == ["nan"]
+
+
 class TestEmptyInit:
     @pytest.mark.parametrize("name", INPLACE)
     def test_init_functions_leave_the_tensor_as_it_is(self, name: str) -> None:
@@ -28,13 +78,13 @@ class TestEmptyInit:
         with _EmptyInit():
             returned = getattr(nn.init, name)(weight)
         assert returned is weight
-        assert (weight == 7).all()
+        assert _untouched(weight)
 
     def test_constant_and_keyword(self) -> None:
         weight = torch.full((3,), 7.0)
         with _EmptyInit():
             assert nn.init.constant_(tensor=weight, val=1.0) is weight
-        assert (weight == 7).all()
+        assert _untouched(weight)
 
     @pytest.mark.parametrize("name", INPLACE)
     def test_disabled(self, name: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lightning.fabric.accelerators.registry import ACCELERATOR_REGISTRY
 from lightning.fabric.plugins.environments._detection import detect_environment
-from lightning.fabric.plugins.precision._table import canonical
+from lightning.fabric.plugins.precision._table import PRECISIONS, canonical
 from lightning.fabric.strategies._table import StrategyEntry
 from lightning.fabric.strategies.registry import STRATEGY_REGISTRY
 from lightning.fabric.utilities import device_parser
@@ -209,7 +209,7 @@ def resolve(flags: Flags, machine: Machine) -> Plan:
     accelerator, hardware = _accelerator(flags, machine, asked.value)
     devices, num_devices = _devices(flags, machine, hardware, asked.value)
     num_nodes = _num_nodes(flags, machine)
-    environment = _part("cluster environment", flags, asked.value, Settled(*detect_environment(machine.env)))
+    environment = _part("cluster environment", flags, asked.value, _detected(machine, accelerator.value))
     strategy, entry = _strategy(asked, machine, accelerator.value, num_devices, num_nodes.value)
     precision, warnings = _precision(flags, machine, asked.value, accelerator.value)
     _check_plugins(flags, asked.value)
@@ -370,17 +370,20 @@ def _strategy(
         return Settled(asked.value.label, asked.because), asked.value.entry
     if asked.value is None:
         asked = _auto_strategy(machine, accelerator, num_devices, num_nodes)
-    if asked.value not in STRATEGY_REGISTRY:
-        raise RuntimeError(
-            f"accelerator={accelerator!r} needs strategy={asked.value!r}, which is not installed. "
-            "Choose another accelerator, for example accelerator='cpu'."
-        )
     return asked, STRATEGY_REGISTRY.entry(asked.value)
+
+
+def _detected(machine: Machine, accelerator: str) -> Settled:
+    """The environment, unless the user brings one."""
+    if accelerator == "tpu":
+        return Settled("xla", "accelerator='tpu'")
+    return Settled(*detect_environment(machine.env))
 
 
 def _auto_strategy(machine: Machine, accelerator: str, num_devices: int, num_nodes: int) -> Settled:
     if accelerator == "tpu":
-        return Settled("xla", "auto: tpu")
+        one = num_devices * num_nodes == 1
+        return Settled("single_xla", "auto: one tpu core") if one else Settled("xla", "auto: tpu")
     if num_devices * num_nodes == 1:
         return Settled("single_device", "auto: one process")
     if machine.notebook and num_devices > 1 and not machine.external:
@@ -481,6 +484,15 @@ class Pairing:
         return None if self.devices == 1 or self.machine.external else self.entry.start_method
 
     @property
+    def precision(self) -> str:
+        return str(self.plan.precision.value)
+
+    @property
+    def precisions(self) -> str:
+        """What the strategy can compute in, for a message."""
+        return ", ".join(repr(name) for name in PRECISIONS if name in (self.entry.precisions or PRECISIONS))
+
+    @property
     def instead(self) -> str:
         """A strategy that does run on the accelerator."""
         ddp = STRATEGY_REGISTRY.entry("ddp").runs_on or ()
@@ -543,13 +555,18 @@ _RULES = (
         "Unset it, or use strategy='ddp_spawn' or strategy='ddp' in a script.",
     ),
     Rule(
-        lambda p: p.machine.notebook and p.starts not in (None, "fork"),
+        lambda p: p.machine.notebook and p.starts not in (None, "fork", "xla"),
         RuntimeError,
         "{p.strategy} cannot start {p.devices} processes from a notebook or an interactive session. "
         "Use strategy='ddp_notebook', or devices=1.",
     ),
     Rule(
-        lambda p: p.accelerator == "mps" and p.plan.precision.value == "64-true",
+        lambda p: p.precision in PRECISIONS and p.precision not in (p.entry.precisions or PRECISIONS),
+        ValueError,
+        "{p.strategy} cannot compute in precision={p.precision!r}. It can in: {p.precisions}.",
+    ),
+    Rule(
+        lambda p: p.accelerator == "mps" and p.precision == "64-true",
         ValueError,
         "precision='64-true' needs 64-bit floats, which accelerator='mps' does not have. "
         "Use precision='32-true', or accelerator='cpu'.",

@@ -1,6 +1,9 @@
-"""The command line: ``fabric run [OPTIONS] SCRIPT [ARGUMENTS]`` starts a script as one process per device.
+"""The command line.
 
-Torch is not imported before it is clear that a script will run, so that ``--help`` and wrong options answer at once.
+``fabric run [OPTIONS] SCRIPT [ARGUMENTS]`` starts a script as one process per device.
+``fabric consolidate FOLDER [--output_file PATH]`` merges a sharded checkpoint into one file.
+
+Torch is not imported before it is clear that there is work for it, so that ``--help`` and wrong options answer at once.
 """
 
 import argparse
@@ -13,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.fabric.plugins.precision._table import canonical
 from lightning.fabric.strategies._table import STRATEGIES
+from lightning.fabric.utilities import consolidate_checkpoint
 
 _ACCELERATORS = ("cpu", "gpu", "cuda", "mps", "tpu")
 _MAIN_PORT = 29400
@@ -24,9 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["run"]:
         return _run(words[2:] if _is_old_spelling(words) else words[1:])
+    if words[:1] == ["consolidate"]:
+        return consolidate_checkpoint.main(words[1:])
     parser = argparse.ArgumentParser("fabric", description="Run PyTorch scripts on any number of devices.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parser("run", help="run a script as one process per device")
+    commands.add_parser("consolidate", help="merge a sharded checkpoint into one file")
     parser.parse_args(words)
     return 0
 

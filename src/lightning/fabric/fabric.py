@@ -443,7 +443,7 @@ class Fabric:
         """Move a module (in place), a tensor or a nested collection to this process's device, and return it."""
         if isinstance(obj, nn.Module):
             self._accelerator.setup_device(self.device)
-            self._strategy.module_to_device(obj)
+            obj.to(self.device)  # whole, also where set-up would share it out
             return obj
         return move_data_to_device(obj, device=self.device)
 

@@ -12,7 +12,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from lightning.fabric.strategies.strategy import Strategy
 from lightning.fabric.utilities.apply_func import apply_to_collection, move_data_to_device
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
+from lightning.fabric.utilities.init import refuse_unfilled, unfilled
 
 _STEP_METHODS = frozenset({"training_step", "validation_step", "test_step", "predict_step"})
 _METHOD_KEY = "_fabric_method"  # travels with the call, so it reaches replicas and other threads too
@@ -100,6 +101,9 @@ class _FabricModule(_DeviceDtypeModuleMixin):
             name for name in _STEP_METHODS if callable(getattr(own["_original_module"], name, None))
         }
         own["_routes"] = {}
+        own["_before_first_use"] = None
+        if unfilled(own["_original_module"].named_parameters()):
+            own["_before_first_use"] = self.register_forward_pre_hook(_refuse_unfilled_module)
 
     # -- what is rerouted
 
@@ -152,6 +156,8 @@ class _FabricModule(_DeviceDtypeModuleMixin):
         return precision.convert_output(output)
 
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if self._before_first_use is not None:
+            _refuse_unfilled_module(self, args)
         if self._forward_module is self._original_module:
             return self._run(getattr(self._original_module, name), args, kwargs)
         with self._dispatch.installed(self._original_module):
@@ -188,8 +194,10 @@ class _FabricModule(_DeviceDtypeModuleMixin):
         return self._original_module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Load into the original module; keys carry no wrapper's prefix."""
-        return self._original_module.load_state_dict(state_dict, strict=strict, **kwargs)
+        """Load into the original module; keys carry no wrapper's prefix. Into a sharded one, each rank loads its part."""
+        if kwargs:
+            return self._original_module.load_state_dict(state_dict, strict=strict, **kwargs)
+        return self._strategy.load_module_state_dict(self._original_module, cast("dict[str, Any]", state_dict), strict=strict)
 
     def _load_from_state_dict(
         self,
@@ -280,6 +288,13 @@ class _FabricModule(_DeviceDtypeModuleMixin):
         return sorted({*super().__dir__(), *dir(self._original_module)})
 
 
+def _refuse_unfilled_module(wrapper: _FabricModule, _: Any) -> None:
+    original = wrapper._original_module
+    refuse_unfilled(original.named_parameters(), f"A forward of {type(original).__name__}")
+    wrapper.__dict__["_before_first_use"].remove()
+    wrapper.__dict__["_before_first_use"] = None
+
+
 def _does_nothing_around_forward(precision: Precision) -> bool:
     hooks = ("convert_input", "convert_output", "forward_context")
     return all(getattr(type(precision), hook) is getattr(Precision, hook) for hook in hooks) and not any(
@@ -342,6 +357,8 @@ class _FabricOptimizer:
         self._strategy = strategy
         self._callbacks = [] if callbacks is None else callbacks
         self.step = self._step
+        if unfilled(_named_parameters(optimizer)):
+            self.step = self._first_step
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step through the strategy and the precision's scaler; returns what the strategy returns."""
@@ -358,8 +375,14 @@ class _FabricOptimizer:
             self._call("on_after_optimizer_step", self._strategy, optimizer)
         return output
 
+    def _first_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """:meth:`_step`, if no parameter is empty any more."""
+        refuse_unfilled(_named_parameters(self._optimizer), f"A step of {type(self._optimizer).__name__}")
+        self.step = self._step
+        return self._step(closure)
+
     # what torch's schedulers look for: the step is counted above, they need not patch it
-    _step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    _step._wrapped_by_lr_sched = _first_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _call(self, hook: str, *args: Any) -> None:
         for callback in self._callbacks:
@@ -377,14 +400,20 @@ class _FabricOptimizer:
         return self._strategy.get_optimizer_state(self._optimizer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load into the original optimizer."""
-        self._optimizer.load_state_dict(state_dict)
+        """Load into the original optimizer what :meth:`state_dict` returned."""
+        self._strategy.load_optimizer_state(self._optimizer, state_dict)
 
     def __reduce__(self) -> Any:
         return _FabricOptimizer, (self._optimizer, self._strategy, self._callbacks)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.__reduce__()
+
+
+def _named_parameters(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    for index, group in enumerate(getattr(optimizer, "param_groups", ())):
+        names = group.get("param_names") or [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
+        yield from zip(names, group["params"], strict=False)
 
 
 @functools.cache

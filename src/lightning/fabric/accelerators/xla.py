@@ -33,7 +33,7 @@ class XLAAccelerator(Accelerator):
 
     @staticmethod
     def auto_device_count() -> int:
-        """Return the number of TPU cores of this machine."""
+        """Return the number of TPU cores of this machine, without taking hold of one."""
         if not package_available("torch_xla"):
             return 0
         from torch_xla._internal import tpu

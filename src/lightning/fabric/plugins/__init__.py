@@ -11,12 +11,17 @@ if TYPE_CHECKING:
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment as ClusterEnvironment
     from lightning.fabric.plugins.environments.lightning import LightningEnvironment as LightningEnvironment
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment as TorchElasticEnvironment
+    from lightning.fabric.plugins.environments.xla import XLAEnvironment as XLAEnvironment
     from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO as CheckpointIO
     from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO as TorchCheckpointIO
+    from lightning.fabric.plugins.io.xla import XLACheckpointIO as XLACheckpointIO
     from lightning.fabric.plugins.precision.amp import MixedPrecision as MixedPrecision
+    from lightning.fabric.plugins.precision.deepspeed import DeepSpeedPrecision as DeepSpeedPrecision
     from lightning.fabric.plugins.precision.double import DoublePrecision as DoublePrecision
+    from lightning.fabric.plugins.precision.fsdp import FSDPPrecision as FSDPPrecision
     from lightning.fabric.plugins.precision.half import HalfPrecision as HalfPrecision
     from lightning.fabric.plugins.precision.precision import Precision as Precision
+    from lightning.fabric.plugins.precision.xla import XLAPrecision as XLAPrecision
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
@@ -27,11 +32,16 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "lightning.fabric.plugins.environments.cluster_environment": ["ClusterEnvironment"],
         "lightning.fabric.plugins.environments.lightning": ["LightningEnvironment"],
         "lightning.fabric.plugins.environments.torchelastic": ["TorchElasticEnvironment"],
+        "lightning.fabric.plugins.environments.xla": ["XLAEnvironment"],
         "lightning.fabric.plugins.io.checkpoint_io": ["CheckpointIO"],
         "lightning.fabric.plugins.io.torch_io": ["TorchCheckpointIO"],
+        "lightning.fabric.plugins.io.xla": ["XLACheckpointIO"],
         "lightning.fabric.plugins.precision.amp": ["MixedPrecision"],
+        "lightning.fabric.plugins.precision.deepspeed": ["DeepSpeedPrecision"],
         "lightning.fabric.plugins.precision.double": ["DoublePrecision"],
+        "lightning.fabric.plugins.precision.fsdp": ["FSDPPrecision"],
         "lightning.fabric.plugins.precision.half": ["HalfPrecision"],
         "lightning.fabric.plugins.precision.precision": ["Precision"],
+        "lightning.fabric.plugins.precision.xla": ["XLAPrecision"],
     },
 )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lightning.fabric.strategies._table import STRATEGIES, StrategyEntry
+from lightning.fabric.strategies._table import STRATEGIES, UNNAMED, StrategyEntry
 from lightning.fabric.utilities.registry import Registry
 
 
@@ -24,7 +24,7 @@ def entry_of(cls: Callable[..., Any], description: str = "", kwargs: Mapping[str
 
     Of a class that derives from none of ours nothing is known, so nothing is forbidden.
     """
-    built_in = {entry.target: entry for entry in reversed(STRATEGIES.values())}
+    built_in = {entry.target: entry for entry in reversed((*STRATEGIES.values(), *UNNAMED))}
     bases = (f"{base.__module__}:{base.__qualname__}" for base in getattr(cls, "__mro__", ()))
     unknown = StrategyEntry(cls, multi_process=True, many_devices=True)
     facts = next((built_in[base] for base in bases if base in built_in), unknown)

@@ -432,9 +432,9 @@ class Strategy(ABC):
 
     def load_module_state_dict(
         self, module: nn.Module, state_dict: dict[str, Any | Tensor], strict: bool = True
-    ) -> None:
-        """Copy ``state_dict``, with the user's names, into ``module``."""
-        self._module_with_state(module).load_state_dict(state_dict, strict=strict)
+    ) -> Any:
+        """Copy ``state_dict``, with the user's names, into ``module``; returns what ``load_state_dict`` returns."""
+        return self._module_with_state(module).load_state_dict(state_dict, strict=strict)
 
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Collective for optimizers that share their state out over ranks: then rank 0 gets all, the others nothing."""
@@ -443,6 +443,10 @@ class Strategy(ABC):
             return optimizer.state_dict()
         consolidate()
         return optimizer.state_dict() if self.is_global_zero else {}
+
+    def load_optimizer_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Collective where state is sharded: load what :meth:`get_optimizer_state` returned."""
+        optimizer.load_state_dict(state_dict)
 
     # ---- end -----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,12 @@ from lightning.fabric.utilities.types import _DEVICE
 class _EmptyInit(TorchFunctionMode):
     """Inside, the functions of ``torch.nn.init`` leave the memory of their tensor as it is.
 
-    Saves the time of filling parameters that a checkpoint will overwrite. ``enabled=False`` changes nothing.
+    Saves the time of filling parameters that a checkpoint will overwrite. ``enabled=False`` changes nothing. The first
+    and the last entry become NaN, by which :func:`unfilled` knows what nothing has filled since.
     """
+
+    was_used: ClassVar[bool] = False
+    """Whether this process has left any tensor empty."""
 
     def __init__(self, enabled: bool = True) -> None:
         super().__init__()
@@ -32,8 +36,50 @@ class _EmptyInit(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.enabled and (getattr(func, "__module__", None) == "torch.nn.init" or _fills_for_init(func)):
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+            tensor: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            _mark_as_unfilled(tensor)
+            return tensor
         return func(*args, **kwargs)
+
+
+def _mark_as_unfilled(tensor: Tensor) -> None:
+    if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+        _EmptyInit.was_used = True
+        with torch.no_grad():
+            for entry in _first_and_last(tensor):
+                entry.fill_(float("nan"))
+
+
+def _first_and_last(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    tensor = tensor.detach()
+    return tensor[(0,) * tensor.ndim], tensor[(-1,) * tensor.ndim]
+
+
+def unfilled(named_tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return the names of tensors that :class:`_EmptyInit` has left empty and nothing has filled since.
+
+    What was filled with NaN at its first or last entry is named too. Sharded tensors are never left empty.
+    """
+    if not _EmptyInit.was_used:
+        return []
+    marks = {
+        name: torch.stack(_first_and_last(tensor)).isnan().any()
+        for name, tensor in named_tensors
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and not hasattr(tensor, "_local_tensor")
+    }
+    return [name for name, mark in marks.items() if mark]
+
+
+def refuse_unfilled(named_tensors: Iterable[tuple[str, Tensor]], doing: str) -> None:
+    """Raise ``RuntimeError`` if any tensor is :func:`unfilled`; ``doing`` is what would have used it."""
+    names = unfilled(named_tensors)
+    if names:
+        shown = ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if names[10:] else "")
+        raise RuntimeError(
+            f"{doing} would use parameters that were created empty, under `init_module(empty_init=True)`, and that "
+            f"nothing has filled since (or that were filled with NaN): {shown}. Load a checkpoint that has them first, "
+            "or create the model with `empty_init=False`."
+        )
 
 
 def _fills_for_init(func: Callable[..., Any]) -> bool:

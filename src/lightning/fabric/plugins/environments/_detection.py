@@ -16,6 +16,7 @@ class Detected(NamedTuple):
 ENVIRONMENTS: dict[str, str] = {
     "torchelastic": "lightning.fabric.plugins.environments.torchelastic:TorchElasticEnvironment",
     "lightning": "lightning.fabric.plugins.environments.lightning:LightningEnvironment",
+    "xla": "lightning.fabric.plugins.environments.xla:XLAEnvironment",  # goes with the accelerator
 }
 """Every environment's class by name."""
 

@@ -50,15 +50,24 @@ def canonical(precision: object) -> str:
     raise ValueError(f"Unknown precision {precision!r}.{hint} Known: {known}, and 64, 32, 16, 'bf16' for short.")
 
 
-def build_precision(name: str, device_type: str) -> Any:
-    """Return a new precision plugin for a canonical ``name``, to compute on ``device_type`` (``"cpu"``, ``"cuda"``)."""
+def build_precision(name: str, device_type: str, target: str | None = None) -> Any:
+    """Return a new precision plugin for a canonical ``name``, to compute on ``device_type`` (``"cpu"``, ``"cuda"``).
+
+    ``target``, ``"module:Class"``, is made in place of the ordinary plugin, with ``name`` alone.
+    """
+    if target is not None:
+        return _class(target)(name)
     entry = _TABLE[name]
     if entry is None:
         works = ", ".join(repr(known) for known, entry in _TABLE.items() if entry)
         raise NotImplementedError(f"precision={name!r} is not available in this version. These are: {works}.")
-    module, _, cls = entry.target.partition(":")
     kwargs = {**entry.kwargs, "device": device_type} if name.endswith("-mixed") else entry.kwargs
-    return getattr(importlib.import_module(module), cls)(**kwargs)
+    return _class(entry.target)(**kwargs)
+
+
+def _class(target: str) -> Any:
+    module, _, cls = target.partition(":")
+    return getattr(importlib.import_module(module), cls)
 
 
 def _nudge(given: object, name: str) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning.fabric.strategies.launchers.subprocess_script import (
         _SubprocessScriptLauncher as _SubprocessScriptLauncher,
     )
+    from lightning.fabric.strategies.launchers.xla import _XLALauncher as _XLALauncher
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
@@ -19,5 +20,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "lightning.fabric.strategies.launchers.launcher": ["_Launcher"],
         "lightning.fabric.strategies.launchers.multiprocessing": ["_MultiProcessingLauncher"],
         "lightning.fabric.strategies.launchers.subprocess_script": ["_SubprocessScriptLauncher"],
+        "lightning.fabric.strategies.launchers.xla": ["_XLALauncher"],
     },
 )

@@ -1,0 +1,122 @@
+"""What Fabric adds to a training step on two ranks: its FSDP against `fully_shard`, its DDP against torch's own.
+
+python benchmarks/fsdp.py [--rounds 60] [--calls 10]
+
+Both sides of a comparison live in the same two processes (gloo on the CPU, one thread each) and take turns in short
+blocks, in changing order. The ratio is that of the medians of all steps.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from measure import report
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning.fabric import Fabric
+from lightning.fabric.testing import on_ranks, preload
+
+preload("torch.distributed.fsdp", "torch.distributed.tensor")
+
+WIDTH, LAYERS, BATCH = 512, 4, 16  # 1 M parameters
+Step = Callable[[], None]
+
+
+def make() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    layers = [part for _ in range(LAYERS) for part in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    return nn.Sequential(*layers), torch.randn(BATCH, WIDTH)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+def step_of(model: Any, optimizer: Any, batch: torch.Tensor, backward: Callable[[torch.Tensor], None]) -> Step:
+    def step() -> None:
+        optimizer.zero_grad()
+        backward(model(batch).square().mean())
+        optimizer.step()
+
+    return step
+
+
+def by_hand(kind: str) -> Step:
+    model, batch = make()
+    if kind == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+        for part in model:
+            if isinstance(part, nn.Linear):
+                fully_shard(part, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        model = DistributedDataParallel(model)
+    return step_of(model, sgd(model), batch, torch.Tensor.backward)
+
+
+def by_fabric(fabric: Fabric) -> Step:
+    model, batch = make()
+    model, optimizer = fabric.setup(model, sgd(model))
+    return step_of(model, optimizer, batch, fabric.backward)
+
+
+def launched(kind: str) -> Fabric:
+    strategy: Any = kind
+    if kind == "fsdp":
+        from lightning.fabric.strategies import FSDPStrategy
+
+        strategy = FSDPStrategy(auto_wrap_policy={nn.Linear})
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    fabric.launch()
+    return fabric
+
+
+def measure(kind: str, rounds: int, calls: int) -> dict[str, list[float]]:
+    """On each rank: the seconds of every step, for both sides."""
+    fabric = launched(kind)
+    steps = {"by hand": by_hand(kind), "fabric": by_fabric(fabric)}
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(-2, rounds):  # two rounds to warm up
+        for name in list(steps)[:: 1 if number % 2 else -1]:
+            fabric.barrier()
+            times = [_seconds(steps[name]) for _ in range(calls)]
+            if number >= 0:
+                found[name] += times
+    return found
+
+
+def _seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--calls", type=int, default=10)
+    args = parser.parse_args()
+
+    rows, raw = [], {}
+    for kind in ("ddp", "fsdp"):
+        found = on_ranks(2, measure, kind, args.rounds, args.calls, timeout=600)[0]
+        medians = {name: statistics.median(times) * 1e3 for name, times in found.items()}
+        rows.append([kind, medians["by hand"], medians["fabric"], f"{medians['fabric'] / medians['by hand']:.3f}"])
+        raw[kind] = {name: _of_blocks(times, args.calls) for name, times in found.items()}
+    report("fsdp", ["ms per step", "by hand", "fabric", "ratio"], rows, milliseconds_of_blocks=raw)
+
+
+def _of_blocks(times: list[float], calls: int) -> list[float]:
+    starts = range(0, len(times), calls)
+    return [round(statistics.median(times[start : start + calls]) * 1e3, 3) for start in starts]
+
+
+if __name__ == "__main__":
+    main()

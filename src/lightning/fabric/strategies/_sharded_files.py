@@ -1,0 +1,885 @@
+"""Files of strategies whose modules are sharded: a folder that all ranks write, or one file that rank 0 writes.
+
+What a folder looks like is in ``utilities/sharded_folder.py``. The file is the one that every other strategy writes and
+reads: full tensors, optimizers by number. Either is read on any number of ranks, into modules that are sharded in
+any way or not at all.
+"""
+
+import copy
+import os
+import shutil
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.optim import Optimizer
+
+from lightning.fabric.strategies._dtensor import distribute_like, full_tensor, local_shard, local_tensor
+from lightning.fabric.strategies._single_file import (
+    _apply_filter,
+    _prefixes_of_custom_loading,
+    _size_mismatches,
+    _validate_keys_for_strict_loading,
+    check_optimizer,
+    is_stateful,
+)
+from lightning.fabric.strategies.parallel import ParallelStrategy
+from lightning.fabric.strategies.strategy import _read
+from lightning.fabric.utilities import sharded_folder
+from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
+from lightning.fabric.utilities.optimizer import parameter_names
+from lightning.fabric.utilities.sharded_folder import Place, ShardedFolder
+from lightning.fabric.utilities.types import _PATH
+
+_Filter = Mapping[str, Callable[[str, Any], bool]]
+
+# -- saving
+
+
+def save_checkpoint(
+    strategy: ParallelStrategy,
+    path: _PATH,
+    state: MutableMapping[str, Any],
+    *,
+    sharded: bool,
+    storage_options: Any = None,
+    filter: _Filter | None = None,
+) -> None:
+    """Collective: write ``state`` to ``path``; when it returns, the checkpoint is there for every rank.
+
+    It appears whole or not at all: an older one survives a failure. ``sharded`` makes a folder, with a file from each
+    rank; other files that somebody has put into the folder stay there. Else rank 0 writes one file, and holds a full
+    copy of the state on the CPU while it does.
+
+    Raises:
+        TypeError: for ``storage_options``.
+        NotImplementedError: for a ``filter`` if ``sharded``.
+        ValueError: if ``sharded`` and there is no module, or an optimizer's module is missing; for a path that is not
+            local if ``sharded``; for ``model.state_dict()`` in place of the model.
+        IsADirectoryError: if not ``sharded``, and the path is a folder that holds more than a checkpoint.
+        RuntimeError: on the other ranks, if one fails; that one raises its own error.
+
+    """
+    if storage_options is not None:
+        raise TypeError(
+            f"{type(strategy).__name__} takes no `storage_options`, but got {storage_options!r}. Leave them out."
+        )
+    if not sharded:
+        _save_full(strategy, path, state, filter or {})
+        return
+    if filter:
+        raise NotImplementedError(
+            f"`filter` chooses among full tensors, but {type(strategy).__name__} saves shards. Save a full checkpoint "
+            "(state_dict_type='full', or save_distributed_checkpoint=False), or leave `filter` out."
+        )
+    _save_sharded(strategy, path, state)
+
+
+@contextmanager
+def _all_or_none(strategy: ParallelStrategy, doing: str) -> Iterator[None]:
+    """Collective: an error of the block on one rank is raised on all; no collective that may be missed is inside."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    strategy.raise_on_all(error, doing)
+
+
+def _save_full(strategy: ParallelStrategy, path: _PATH, state: Mapping[str, Any], filter: _Filter) -> None:
+    doing = f"saving {os.fspath(path)!r}"
+    with _all_or_none(strategy, doing):
+        replaces_folder = _is_folder_to_replace(path)
+        parts = _Parts.of(strategy, state)
+        rest = parts.plain_values()
+    full: dict[str, Any] = {}
+    for key in state:
+        if key in parts.modules:
+            full[key] = full_module_state(parts.modules[key], rank_zero_only=True)
+        elif key in parts.optimizers:
+            full[key] = full_optimizer_state(parts.optimizers[key], rank_zero_only=True)
+        else:
+            full[key] = rest[key]
+    with _all_or_none(strategy, doing):
+        if strategy.is_global_zero:
+            checkpoint: dict[str, Any] = {}
+            for key, value in full.items():
+                _apply_filter(key, filter, value, checkpoint)
+            _write_full(strategy, path, checkpoint, replaces_folder)
+
+
+def _is_folder_to_replace(path: _PATH) -> bool:
+    """Whether there is a folder at ``path``, which then is a checkpoint and nothing else."""
+    target = _local_path(path)
+    if not _is_local_file_protocol(path) or not target.is_dir():
+        return False
+    if not sharded_folder.is_sharded_folder(target) or sharded_folder.foreign_entries(target):
+        raise IsADirectoryError(
+            f"Cannot save a full checkpoint as {str(path)!r}: there is a folder of that name, with other things in "
+            "it than a checkpoint. Choose the path of a file."
+        )
+    return True
+
+
+def _write_full(strategy: ParallelStrategy, path: _PATH, checkpoint: dict[str, Any], replaces_folder: bool) -> None:
+    if not replaces_folder:
+        strategy.checkpoint_io.save_checkpoint(checkpoint=checkpoint, path=path)
+        return
+    target = _local_path(path).resolve()  # a link stays a link
+    staged = _beside(target, "tmp")
+    try:
+        strategy.checkpoint_io.save_checkpoint(checkpoint=checkpoint, path=staged)
+        _put_in_place(staged, target)
+    finally:
+        _remove(staged)
+
+
+def _save_sharded(strategy: ParallelStrategy, path: _PATH, state: Mapping[str, Any]) -> None:
+    doing = f"saving {os.fspath(path)!r}"
+    with _all_or_none(strategy, doing):
+        target = _local_folder(path)
+        parts = _Parts.of(strategy, state)
+        parts.need_module("Saving shards")
+        values, rest = parts.values_to_write(), parts.plain_values()
+    staged = _stage(strategy, target, doing)
+    try:
+        _write(strategy, staged, values, rest, doing)
+        with _all_or_none(strategy, doing):
+            if strategy.is_global_zero:
+                _put_in_place(staged, target)
+    finally:
+        if strategy.is_global_zero:
+            _remove(staged)
+
+
+def _local_folder(path: _PATH) -> Path:
+    if not _is_local_file_protocol(path):
+        raise ValueError(
+            f"A sharded checkpoint goes to a folder that all ranks see, but got {str(path)!r}. Mount it, or save a "
+            "full checkpoint there."
+        )
+    return _local_path(path).resolve()  # a link stays a link
+
+
+def _stage(strategy: ParallelStrategy, target: Path, doing: str) -> Path:
+    """Collective: return a fresh folder beside ``target``, the same on every rank."""
+    staged: Path = strategy.broadcast(_beside(target, "tmp"))
+    with _all_or_none(strategy, doing):
+        if strategy.is_global_zero:
+            staged.mkdir(parents=True)
+    return staged
+
+
+def _write(
+    strategy: ParallelStrategy, staged: Path, values: Mapping[Place, Any], rest: Mapping[str, Any], doing: str
+) -> None:
+    """Collective: fill the folder ``staged``."""
+    error: Exception | None = None
+    try:
+        sharded_folder.write(staged, values)
+    except CheckpointException as failed:
+        own = failed.failures.get(strategy.global_rank, (None,))[0]
+        error = own if isinstance(own, Exception) else None
+    strategy.raise_on_all(error, doing)
+    with _all_or_none(strategy, doing):
+        if strategy.is_global_zero:
+            sharded_folder.write_meta(staged, rest)
+
+
+def _beside(target: Path, ending: str) -> Path:
+    return target.with_name(f".{target.name[:200]}.{uuid.uuid4().hex[:8]}.{ending}")
+
+
+def _put_in_place(staged: Path, target: Path) -> None:
+    """Rename ``staged`` to ``target``; what was there is deleted last, but for files that are no checkpoint's."""
+    if not os.path.lexists(target):
+        os.rename(staged, target)
+        return
+    old = _beside(target, "old")
+    os.rename(target, old)
+    try:
+        os.rename(staged, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    if old.is_dir():
+        for entry in sharded_folder.foreign_entries(old):
+            os.rename(entry, target / entry.name)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# -- the parts of a state
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A state taken apart; each part by its key in the state."""
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    optimizers: dict[str, Optimizer] = field(default_factory=dict)
+    rest: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, strategy: ParallelStrategy, state: Mapping[str, Any]) -> "_Parts":
+        parts = cls()
+        for key, obj in state.items():
+            if isinstance(obj, nn.Module):
+                parts.modules[key] = strategy._module_with_state(obj)
+            elif isinstance(obj, Optimizer):
+                parts.optimizers[key] = obj
+            else:
+                parts.rest[key] = obj
+        return parts
+
+    def need_module(self, doing: str) -> None:
+        if self.modules:
+            return
+        for key, value in self.rest.items():
+            _refuse_sharded_tensors(key, value)
+        raise ValueError(
+            f"{doing} needs the module, but the state has none: its keys are {[*self.optimizers, *self.rest]}. "
+            "Pass the model itself, as in {'model': model}."
+        )
+
+    def plain_values(self) -> dict[str, Any]:
+        """Collective, if the state of one of the objects is: what is neither module nor optimizer, as it is saved."""
+        values = {
+            key: obj.state_dict() if callable(getattr(obj, "state_dict", None)) else obj
+            for key, obj in self.rest.items()
+        }
+        for key, value in values.items():
+            _refuse_sharded_tensors(key, value)
+        return values
+
+    def values_to_write(self) -> dict[Place, Any]:
+        """Return what modules and optimizers hold, sharded as it is, by its place in the state."""
+        values: dict[Place, Any] = {}
+        for key, module in self.modules.items():
+            values |= {(key, name): value for name, value in module.state_dict().items()}
+        for key, optimizer in self.optimizers.items():
+            values |= {(key, *place): value for place, value in _by_name(optimizer, self.names(key)).items()}
+        return values
+
+    def names(self, key: str) -> "_Names":
+        return _Names.of(self.optimizers[key], self.modules, key)
+
+
+def _refuse_sharded_tensors(key: str, value: Any) -> None:
+    found: list[DTensor] = []
+    apply_to_collection(value, DTensor, found.append)
+    if found:
+        raise ValueError(
+            f"state[{key!r}] has sharded tensors in it (DTensor, the first of shape {tuple(found[0].shape)}), as the "
+            "`state_dict()` of a model does. Pass the model itself (or the optimizer), not its `state_dict()`."
+        )
+
+
+# -- full states
+
+
+def full_module_state(module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
+    """Collective: ``module``'s state with full tensors on the CPU, gathered one after the other.
+
+    With ``rank_zero_only``, other ranks get ``{}``, and never hold more than one full tensor. Names of one tied
+    parameter share a tensor. What is not sharded is the tensor itself, not a copy.
+    """
+    keep = not rank_zero_only or _rank() == 0
+    # with the parameters themselves, for only they tell on every rank alike which are tied
+    own = module.state_dict(keep_vars=True)
+    full: dict[str, Any] = {}
+    gathered: dict[Tensor, Tensor | None] = {}
+    for name, value in own.items():
+        if not isinstance(value, Tensor):
+            full[name] = value
+            continue
+        if value not in gathered:
+            whole = full_tensor(value.detach())
+            gathered[value] = whole.cpu() if keep else None
+        full[name] = gathered[value]
+    return _like(own, full) if keep else {}
+
+
+def full_optimizer_state(optimizer: Optimizer, *, rank_zero_only: bool) -> dict[str, Any]:
+    """Collective: ``optimizer.state_dict()`` with full tensors on the CPU, gathered one after the other.
+
+    With ``rank_zero_only``, other ranks get ``{}``, and never hold more than one full tensor.
+    """
+    keep = not rank_zero_only or _rank() == 0
+
+    def gather(tensor: Tensor) -> Tensor | None:
+        whole = full_tensor(tensor.detach())
+        return whole.cpu() if keep else None
+
+    own = optimizer.state_dict()
+    # in an order that is the same on every rank
+    state = {key: apply_to_collection(own["state"][key], Tensor, gather) for key in sorted(own["state"], key=str)}
+    groups = apply_to_collection(own["param_groups"], Tensor, gather)
+    return {**own, "state": {key: state[key] for key in own["state"]}, "param_groups": groups} if keep else {}
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def load_full_module_state(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> _IncompatibleKeys:
+    """Copy each rank's part of full tensors, or sharded ones, into ``module``, whose parameters may be sharded.
+
+    Collective only for sharded tensors that are laid out otherwise than the module's. Holds one tensor at a time;
+    keys and shapes are checked before anything is changed. Returns what ``Module.load_state_dict`` does.
+
+    Raises:
+        RuntimeError: if a shape is another one; if ``strict``, for keys that are missing or unexpected.
+
+    """
+    title = type(module).__name__
+    _check_module(module, state_dict, strict, title)
+    return _copy_into(module, state_dict, strict, title)
+
+
+def _copy_into(module: nn.Module, saved: Mapping[str, Any], strict: bool, title: str) -> _IncompatibleKeys:
+    own = module.state_dict()
+    if _loads_in_its_own_way(module):
+        laid_out = {name: _laid_out(value, own.get(name)) for name, value in saved.items()}
+        result: _IncompatibleKeys = module.load_state_dict(_like(saved, laid_out), strict=strict)
+        return result
+    customs = _custom_prefixes(module)
+    left = {
+        name: _laid_out(value, own.get(name))
+        for name, value in saved.items()
+        if name.startswith(customs) or not isinstance(value, Tensor)
+    }
+    result = _load_parts(module, left, saved, strict, title)
+    for name, value in saved.items():  # in this order on every rank: parts of another layout are exchanged
+        if name in own and name not in left:
+            _copy_part(value, own[name])
+    others = [name for name in own if name not in saved and not name.startswith(customs)]
+    surplus = [name for name in saved if name not in own and name not in left]
+    return _IncompatibleKeys([*others, *result.missing_keys], [*surplus, *result.unexpected_keys])
+
+
+def _load_parts(
+    module: nn.Module, left: dict[str, Any], saved: Mapping[str, Any], strict: bool, title: str
+) -> _IncompatibleKeys:
+    """Hand ``left`` to the parts of ``module`` that load in their own way; what they miss is only known then."""
+    customs = _custom_prefixes(module)
+    if not left and not customs:
+        return _IncompatibleKeys([], [])
+    missing, unexpected = module.load_state_dict(_like(saved, left), strict=False)
+    missing = [name for name in missing if name.startswith(customs)]
+    if strict and (missing or unexpected):
+        raise RuntimeError(_misfit(title, _wrong_names(missing, unexpected), "parts that load in their own way were"))
+    return _IncompatibleKeys(missing, unexpected)
+
+
+def _like(saved: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return ``values`` with the version numbers of ``saved``, which travel as an attribute."""
+    if not hasattr(saved, "_metadata"):
+        return values
+    state = OrderedDict(values)
+    state._metadata = saved._metadata  # type: ignore[attr-defined]
+    return state
+
+
+def _copy_part(value: Tensor, into: Tensor) -> None:
+    value = value.reshape(into.shape)  # of what is no dimension and what is one number
+    if isinstance(into, DTensor) and not isinstance(value, DTensor):
+        local_tensor(into).copy_(local_shard(value, into))
+    elif isinstance(value, DTensor) and not isinstance(into, DTensor):
+        into.copy_(full_tensor(value))
+    else:
+        into.copy_(value)
+
+
+def _laid_out(value: Any, like: Any) -> Any:
+    """Return ``value`` as a tensor laid out like ``like``; it refers to no other tensor's memory."""
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    if isinstance(like, DTensor) and not isinstance(value, DTensor):
+        part = distribute_like(value, like)
+        if local_tensor(part).numel() < value.numel():
+            return part  # has memory of its own
+        value = part
+    return value.clone()
+
+
+def load_full_optimizer_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Load what :func:`full_optimizer_state` or ``Optimizer.state_dict`` returned; parameters may be sharded.
+
+    State of a sharded parameter's shape is sharded like the parameter. Raises ``ValueError`` before anything is
+    changed, if the groups do not have as many parameters.
+    """
+    check_optimizer(optimizer, state_dict, type(optimizer).__name__)
+    saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameter_of = dict(zip(saved, own, strict=True))
+    laid_out = {
+        number: apply_to_collection(values, Tensor, _state_like, parameter_of.get(number))
+        for number, values in state_dict["state"].items()
+    }
+    optimizer.load_state_dict({**state_dict, "state": laid_out})
+
+
+def _state_like(value: Tensor, parameter: Tensor | None) -> Tensor:
+    return _laid_out(value, None if parameter is None else _layout(value, parameter))
+
+
+def _layout(state: Tensor, parameter: Tensor) -> Tensor | None:
+    """Return a tensor that is laid out as ``state`` of ``parameter`` should be; None for a plain one."""
+    if not isinstance(parameter, DTensor) or state.ndim == 0:
+        return None
+    if state.shape == parameter.shape:
+        return parameter.detach()
+    # as operations of torch make it, that turn a sharded tensor into one of another shape
+    mesh = parameter.device_mesh
+    blank = torch.empty(state.shape, dtype=state.dtype, device=parameter.device)
+    return DTensor.from_local(blank, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+# -- names
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The names of an optimizer's parameters in the modules of the state.
+
+    Attributes:
+        groups: a name for each parameter, group by group.
+        number_of: the number that ``Optimizer.state_dict`` gives to the parameter, by each of its names.
+        title: what the optimizer is called in errors.
+
+    """
+
+    groups: list[list[str]]
+    number_of: dict[str, int]
+    title: str
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, modules: Mapping[str, nn.Module], key: str) -> "_Names":
+        title = f"state[{key!r}]"
+        names_of = _owner(optimizer, {name: _names_of_parameters(module) for name, module in modules.items()})
+        groups: list[list[str]] = []
+        number_of: dict[str, int] = {}
+        for group in optimizer.param_groups:
+            groups.append([])
+            for parameter in group["params"]:
+                if parameter not in names_of:
+                    raise ValueError(
+                        f"{title} ({type(optimizer).__name__}) optimizes a parameter of shape "
+                        f"{tuple(parameter.shape)} that is in no module of the state, which has the modules "
+                        f"{list(modules)}. Pass the optimizer's model too."
+                    )
+                number_of.update(dict.fromkeys(names_of[parameter], sum(map(len, groups))))
+                groups[-1].append(names_of[parameter][0])
+        return cls(groups, number_of, title)
+
+    @property
+    def numbers(self) -> list[list[int]]:
+        return [[self.number_of[name] for name in group] for group in self.groups]
+
+    def check(self, saved_groups: list[list[str]]) -> None:
+        """Raise ``ValueError`` unless the same parameters are in the same groups."""
+        saved = [{self.number_of.get(name, name) for name in group} for group in saved_groups]
+        if saved == [set(numbers) for numbers in self.numbers]:
+            return
+        known = {name for group in saved_groups for name in group}
+        unknown = sorted(known - self.number_of.keys())
+        mine = {name for group in self.groups for name in group}
+        lacking = sorted(mine - known)
+        raise ValueError(
+            f"The checkpoint has {self.title} for other parameters, or in other groups: it has "
+            f"{[len(group) for group in saved_groups]} parameters in its groups, the optimizer "
+            f"{[len(group) for group in self.groups]}; nothing was changed."
+            + (f" Only in the checkpoint: {unknown}." if unknown else "")
+            + (f" Only in the optimizer: {lacking}." if lacking else "")
+            + " Build the optimizer as it was when the checkpoint was written."
+        )
+
+
+def _names_of_parameters(module: nn.Module) -> dict[Tensor, list[str]]:
+    """Return the names that each parameter has in the state dict; else, its own."""
+    names: dict[Tensor, list[str]] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, nn.Parameter):
+            names.setdefault(value, []).append(name)
+    for name, parameter in parameter_names(module).items():
+        if parameter not in names:
+            names[parameter] = [name]
+    return names
+
+
+def _owner(optimizer: Optimizer, modules: Mapping[str, dict[Tensor, list[str]]]) -> dict[Tensor, list[str]]:
+    """Return the names in the module that has all parameters; where none has, names that start with the key."""
+    parameters = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for names in modules.values():
+        if parameters <= names.keys():
+            return names
+    longer: dict[Tensor, list[str]] = {}
+    for key, names in modules.items():
+        for parameter, each in names.items():
+            longer.setdefault(parameter, []).extend(f"{key}.{name}" for name in each)
+    return longer
+
+
+def _by_name(optimizer: Optimizer, names: _Names) -> dict[Place, Any]:
+    """Return the optimizer's state, sharded as it is, by its place in a state dict that goes by names."""
+    own = optimizer.state_dict()
+    name_of = dict(enumerate(name for group in names.groups for name in group))
+    values: dict[Place, Any] = {}
+    for number, entries in own["state"].items():
+        for entry, value in entries.items():
+            values |= _split(("state", name_of[number], entry), value)
+    for index, group in enumerate(own["param_groups"]):
+        options = {**group, "params": names.groups[index]}
+        values |= {("param_groups", index, option): value for option, value in options.items()}
+    return values
+
+
+def _split(place: Place, value: Any) -> dict[Place, Any]:
+    """Return the parts of ``value`` that are written one by one: only sharded tensors have to be."""
+    found: list[DTensor] = []
+    apply_to_collection(value, DTensor, found.append)
+    if isinstance(value, Tensor) or not found:
+        return {place: value}
+    items = list(value.items()) if isinstance(value, Mapping) else list(enumerate(value))
+    if isinstance(value, Mapping) and not all(isinstance(name, str) for name, _ in items):
+        raise NotImplementedError(
+            f"The optimizer keeps sharded tensors in a dict with the keys {list(value)} under {place[-1]!r}, which are "
+            "not all text, so they have no names in a sharded checkpoint. Save a full one."
+        )
+    parts: dict[Place, Any] = {}
+    for name, part in items:
+        parts |= _split((*place, name), part)
+    return parts
+
+
+# -- loading
+
+
+def load_checkpoint(
+    strategy: ParallelStrategy,
+    path: _PATH,
+    state: nn.Module | Optimizer | MutableMapping[str, Any] | None,
+    *,
+    strict: bool = True,
+    weights_only: bool | None = None,
+) -> dict[str, Any]:
+    """Collective: restore ``state`` in place from a sharded folder or a full file, and return what else is in there.
+
+    ``state`` is what :func:`save_checkpoint` takes; or a module or an optimizer, for a file that holds its bare state
+    dict. The number of ranks may be another one than when saving. Each rank reads only its shards of a folder; a file
+    is mapped, and one tensor at a time is held beyond that. Keys and shapes are checked before anything is changed.
+
+    Of a folder, the modules and optimizers that ``state`` does not name are not read, and not returned either. Of a
+    file they are returned, with tensors that are read when they are first used: the file may be replaced or deleted,
+    but must not be overwritten before that.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``path``.
+        ValueError: if ``state`` has no module; if the path is a folder without a checkpoint; if an optimizer does not
+            fit.
+        KeyError: if ``strict`` and the checkpoint lacks a key of ``state``.
+        RuntimeError: if a module does not fit: by its keys if ``strict``, by its shapes in any case. On the other
+            ranks, if one fails; that one raises its own error.
+
+    """
+    doing = f"loading {os.fspath(path)!r}"
+    if isinstance(state, (nn.Module, Optimizer)):
+        with _all_or_none(strategy, doing):
+            _load_bare(strategy, path, state, strict, weights_only)
+        return {}
+    with _all_or_none(strategy, doing):
+        if not isinstance(state, MutableMapping) and state is not None:
+            raise TypeError(f"`state` must be a dict, a module or an optimizer, but got {state!r}.")
+        parts = _Parts.of(strategy, state or {})
+        parts.need_module("Loading works in place, so it")
+        folder = ShardedFolder(_local_path(path), weights_only) if _is_folder(path) else None
+    assert state is not None
+    if folder is None:
+        with _all_or_none(strategy, doing):
+            remainder, restore = _prepare_from_file(strategy, path, parts, strict, weights_only)
+    else:
+        remainder, restore = _prepare_from_folder(strategy, folder, parts, strict, doing)
+    with _all_or_none(strategy, doing):
+        state.update(restore())
+    return remainder
+
+
+def _is_folder(path: _PATH) -> bool:
+    """Whether there is a sharded folder; False for a file, which may be full."""
+    if not _is_local_file_protocol(path):
+        return False
+    local = _local_path(path)
+    if not local.exists():
+        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
+    if local.is_dir() and not sharded_folder.is_sharded_folder(local):
+        raise ValueError(
+            f"The folder {str(path)!r} holds no complete sharded checkpoint: it has no `.metadata`. "
+            f"It has {sorted(entry.name for entry in local.iterdir())[:10]}. Pass the path of a checkpoint."
+        )
+    return local.is_dir()
+
+
+def _load_bare(
+    strategy: ParallelStrategy, path: _PATH, obj: nn.Module | Optimizer, strict: bool, weights_only: bool | None
+) -> None:
+    if _is_folder(path):
+        raise ValueError(
+            f"{str(path)!r} is a sharded checkpoint, which holds a state with keys, not a bare state dict. "
+            "Use `load` with a dict, as in `fabric.load(path, {'model': model})`."
+        )
+    saved, _ = _read(strategy.checkpoint_io, path, weights_only, mmap=True)
+    if isinstance(obj, nn.Module):
+        load_full_module_state(strategy._module_with_state(obj), saved, strict)
+    else:
+        load_full_optimizer_state(obj, saved)
+
+
+_Restore = Callable[[], dict[str, Any]]  # changes the objects, and returns the new plain values
+
+
+def _prepare_from_file(
+    strategy: ParallelStrategy, path: _PATH, parts: _Parts, strict: bool, weights_only: bool | None
+) -> tuple[dict[str, Any], _Restore]:
+    """Read and check; return what the state does not name, and what is to be done."""
+    saved, mapped = _read(strategy.checkpoint_io, path, weights_only, mmap=True)
+    keys = [*parts.modules, *parts.optimizers, *parts.rest]
+    if not isinstance(saved, Mapping):
+        raise TypeError(
+            f"{str(path)!r} holds {type(saved).__name__}, not a dict with the keys {keys}. "
+            "For a file with a bare state dict, use `load_raw`."
+        )
+    _validate_keys_for_strict_loading(keys, saved.keys(), strict)
+    optimizers = {}
+    for key, module in parts.modules.items():
+        if key in saved:
+            _check_module(module, saved[key], strict, f"state[{key!r}]")
+    for key, optimizer in parts.optimizers.items():
+        if key in saved:
+            optimizers[key] = _numbered(parts, key, saved[key])
+            check_optimizer(optimizer, optimizers[key], f"state[{key!r}]")
+
+    def restore() -> dict[str, Any]:
+        with torch.no_grad():
+            for key, module in parts.modules.items():
+                if key in saved:
+                    _copy_into(module, saved[key], strict, f"state[{key!r}]")
+        for key, state in optimizers.items():
+            load_full_optimizer_state(parts.optimizers[key], state)
+        rest = {key: saved[key] for key in parts.rest if key in saved}
+        return _restore_rest(parts.rest, copy.deepcopy(rest) if mapped else rest)
+
+    return {key: value for key, value in saved.items() if key not in keys}, restore
+
+
+def _numbered(parts: _Parts, key: str, saved: Any) -> Any:
+    """Return the optimizer state by numbers; files of other programs have it by names."""
+    groups = sharded_folder.named_groups(saved)
+    if groups is None:
+        return saved
+    names = parts.names(key)
+    names.check(groups)
+    return sharded_folder.by_number(saved, names.number_of, names.numbers)
+
+
+def _restore_rest(objects: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Load what is stateful; return the new values of what is not."""
+    values = {}
+    for key, value in saved.items():
+        if is_stateful(objects[key]):
+            objects[key].load_state_dict(value)
+        else:
+            values[key] = value
+    return values
+
+
+def _prepare_from_folder(
+    strategy: ParallelStrategy, folder: ShardedFolder, parts: _Parts, strict: bool, doing: str
+) -> tuple[dict[str, Any], _Restore]:
+    """Collective: check, then read, tensors of modules in place; return what is not named, and what is to be done."""
+    with _all_or_none(strategy, doing):
+        found = _check_keys(folder, parts, strict)
+        groups = _blank_groups(folder, found.optimizers)
+    _read_folder(strategy, folder, groups, doing)
+    with _all_or_none(strategy, doing):
+        optimizers = {key: _blank_state(folder, found, key, groups) for key in found.optimizers}
+        modules = {key: _targets(folder, key, module) for key, module in found.modules.items()}
+    tensors = {name: value for each in (*optimizers.values(), *modules.values()) for name, value in each.items()}
+    _read_folder(strategy, folder, tensors, doing)
+
+    def restore() -> dict[str, Any]:
+        for key, module in found.modules.items():
+            _load_what_is_not_in_place(module, _entry(folder, key, tensors))
+        for key, optimizer in found.optimizers.items():
+            state = _entry(folder, key, {**groups, **tensors})
+            names = found.names(key)
+            optimizer.load_state_dict(sharded_folder.by_number(state, names.number_of, names.numbers))
+        return _restore_rest(found.rest, {key: folder.meta[key] for key in found.rest})
+
+    return {key: value for key, value in folder.meta.items() if key not in found.rest}, restore
+
+
+def _check_keys(folder: ShardedFolder, parts: _Parts, strict: bool) -> _Parts:
+    """Return the parts that the folder has; raise where keys or shapes do not fit."""
+    keys = folder.keys()
+    stateful = [key for key, module in parts.modules.items() if module.state_dict()]
+    _validate_keys_for_strict_loading([*stateful, *parts.optimizers, *parts.rest], keys, strict)
+    for key in stateful:
+        if key in keys:
+            saved = {place[0]: folder.blank(name, "meta") for name, place in folder.below(key)}
+            _check_module(parts.modules[key], saved, strict, f"state[{key!r}]", by_itself=False)
+    return _Parts(
+        {key: parts.modules[key] for key in stateful if key in keys},
+        {key: optimizer for key, optimizer in parts.optimizers.items() if key in keys},
+        {key: value for key, value in parts.rest.items() if key in folder.meta},
+    )
+
+
+def _read_folder(strategy: ParallelStrategy, folder: ShardedFolder, values: dict[str, Any], doing: str) -> None:
+    """Collective: read ``values`` in place."""
+    error: Exception | None = None
+    try:
+        folder.read(values)
+    except CheckpointException as failed:
+        error = folder.cause(failed, strategy.global_rank)
+    strategy.raise_on_all(error, doing)
+
+
+def _entry(folder: ShardedFolder, key: str, values: Mapping[str, Any]) -> Any:
+    """Return what was read of the state's entry ``key``, nested as it is in the state."""
+    return sharded_folder.nested({place: values[name] for name, place in folder.below(key) if name in values})
+
+
+def _blank_groups(folder: ShardedFolder, keys: Iterable[str]) -> dict[str, Tensor | None]:
+    """Return what to read the optimizers' groups into: all but the state of parameters."""
+    return {name: folder.blank(name) for key in keys for name, place in folder.below(key) if place[0] != "state"}
+
+
+def _blank_state(folder: ShardedFolder, parts: _Parts, key: str, groups: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """Return tensors to read the optimizer's state into, sharded as its parameters are."""
+    names, optimizer = parts.names(key), parts.optimizers[key]
+    saved_groups = sharded_folder.named_groups(_entry(folder, key, groups))
+    if saved_groups is None:
+        raise ValueError(
+            f"The checkpoint has no state of an optimizer under {key!r}, with groups of parameters by name; it has "
+            f"{sorted(name for name, _ in folder.below(key))[:10]}."
+        )
+    names.check(saved_groups)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    blanks: dict[str, Tensor | None] = {}
+    for name, place in folder.below(key):
+        if place[0] == "state":
+            stored = folder.blank(name, "meta")
+            parameter = parameters[names.number_of[str(place[1])]]
+            blanks[name] = None if stored is None else _blank_like(stored, _layout(stored, parameter))
+    return blanks
+
+
+def _blank_like(stored: Tensor, like: Tensor | None) -> Tensor:
+    if like is None:
+        return torch.empty_like(stored, device="cpu")  # loading moves what has to be on the device
+    return torch.empty_like(like, dtype=stored.dtype)
+
+
+def _targets(folder: ShardedFolder, key: str, module: nn.Module) -> dict[str, Tensor | None]:
+    """Return tensors to read the module's state into: its own, wherever they can take it."""
+    own = module.state_dict()
+    targets: dict[str, Tensor | None] = {}
+    for name, place in folder.below(key):
+        if place[0] in own:
+            target, stored = own[str(place[0])], folder.blank(name, "meta")
+            fits = isinstance(target, Tensor) and stored is not None and stored.shape == target.shape
+            targets[name] = target if fits else folder.blank(name)
+    return targets
+
+
+def _load_what_is_not_in_place(module: nn.Module, loaded: Mapping[str, Any]) -> None:
+    """Hand the module what it loads in its own way, now that tensors have been read into it."""
+    own = module.state_dict()
+    customs = ("",) if _loads_in_its_own_way(module) else _custom_prefixes(module)
+    left = {
+        name: value
+        for name, value in loaded.items()
+        if name.startswith(customs) or not isinstance(value, Tensor) or value.shape != own[name].shape
+    }
+    if left:
+        module.load_state_dict(_like(own, left), strict=False)
+
+
+# -- checks
+
+
+def _check_module(module: nn.Module, saved: Any, strict: bool, title: str, by_itself: bool = True) -> None:
+    """Raise ``RuntimeError`` for keys and shapes that do not fit, before a part of the module is changed.
+
+    Where a module has its own way of loading only that can tell about shapes; and about names, if it loads
+    ``by_itself``.
+    """
+    if not isinstance(saved, Mapping):
+        raise TypeError(f"The checkpoint has {type(saved).__name__} where the state dict of {title} should be.")
+    own = module.state_dict()
+    _refuse_meta(own, title)
+    customs = ("",) if _loads_in_its_own_way(module) else _custom_prefixes(module)
+    sizes = [text for text in _size_mismatches(own, saved) if not text.split('"')[1].startswith(customs)]
+    missing = [name for name in own if name not in saved and not (by_itself and name.startswith(customs))]
+    unexpected = [name for name in saved if name not in own and not (by_itself and name.startswith(customs))]
+    problems = [*(_wrong_names(missing, unexpected) if strict else ()), *sizes]
+    if problems:
+        raise RuntimeError(_misfit(title, problems, "nothing was"))
+
+
+def _wrong_names(missing: Iterable[str], unexpected: Iterable[str]) -> list[str]:
+    return [
+        *(f'Missing key(s) in state_dict: "{name}".' for name in missing),
+        *(f'Unexpected key(s) in state_dict: "{name}".' for name in unexpected),
+    ]
+
+
+def _misfit(title: str, problems: list[str], what_was: str) -> str:
+    return f"Error(s) in loading state_dict for {title}; {what_was} changed:\n\t" + "\n\t".join(problems)
+
+
+def _refuse_meta(own: Mapping[str, Any], title: str) -> None:
+    on_meta = [name for name, value in own.items() if isinstance(value, Tensor) and value.is_meta]
+    if on_meta:
+        raise RuntimeError(
+            f"{title} has parameters on the meta device, which have no memory to load into: {on_meta[:10]}. "
+            "Set the module up first, with `fabric.setup(...)`."
+        )
+
+
+def _loads_in_its_own_way(module: nn.Module) -> bool:
+    """Whether loading goes through code of the user's, which may rename or keep what it is given."""
+    hooks = (
+        hook
+        for part in module.modules()
+        for hook in (*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values())
+    )
+    return type(module).load_state_dict is not nn.Module.load_state_dict or any(
+        # sharding and checkpointing of activations have hooks too, which keep the names
+        not getattr(hook, "__module__", "").startswith("torch.distributed.")
+        for hook in hooks
+    )
+
+
+def _custom_prefixes(module: nn.Module) -> tuple[str, ...]:
+    return tuple(prefix.replace(_CHECKPOINT_PREFIX, "") for prefix in _prefixes_of_custom_loading(module))

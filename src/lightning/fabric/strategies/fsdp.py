@@ -1,0 +1,995 @@
+"""Share parameters, gradients and optimizer state out over the ranks.    torch: fully_shard (FSDP2), DeviceMesh"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._composable.checkpoint_activation import checkpoint
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.fsdp import (
+    BackwardPrefetch,
+    CPUOffload,
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.plugins.precision._dtypes import default_dtype
+from lightning.fabric.plugins.precision.fsdp import FSDPPrecision
+from lightning.fabric.plugins.precision.precision import Precision
+from lightning.fabric.strategies import _sharded_files
+from lightning.fabric.strategies._dtensor import clip_norm, clip_value, shard_optimizer_state, sync_from_rank_zero
+from lightning.fabric.strategies._materialize import MetaTensors
+from lightning.fabric.strategies._wrap_policy import Choice, Tie, choice_of, modules_to_checkpoint, units_to_shard
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.fabric.strategies.parallel import ParallelStrategy
+from lightning.fabric.strategies.strategy import _NO_CONTEXT, Strategy, _BackwardSyncControl, _Sharded
+from lightning.fabric.utilities.init import _has_meta_device_parameters_or_buffers
+from lightning.fabric.utilities.init_tape import recording_init
+from lightning.fabric.utilities.optimizer import parameter_names, repoint_optimizers
+from lightning.fabric.utilities.rank_zero import rank_zero_deprecation, rank_zero_warn
+from lightning.fabric.utilities.text import did_you_mean
+from lightning.fabric.utilities.types import _PATH
+
+_Policy: TypeAlias = (
+    set[type[nn.Module]] | list[type[nn.Module]] | Callable[..., bool] | ModuleWrapPolicy | CustomPolicy
+)
+_StateDictType = Literal["sharded", "full"]
+_PRECISIONS = frozenset({"32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"})
+_HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
+_MESH_AXES = ("replicate", "shard")
+
+
+# ---- what the user wants: decided when the strategy is made ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FSDPOptions:
+    """What the user wants of ``fully_shard``; and options of its predecessor, as far as they mean something here.
+
+    ``ignored_modules`` and ``ignored_params`` (``ignored_states``: of either kind) stay whole on every rank, and their
+    gradients stay the rank's own. ``param_init_fn(submodule)`` fills a submodule whose parameters were created on the
+    meta device. ``forward_prefetch`` asks for the next unit's parameters while a unit runs; ``backward_prefetch=None``
+    asks for nothing in advance.
+    """
+
+    process_group: Any = None
+    ignored_modules: tuple[nn.Module, ...] = ()
+    ignored_params: tuple[nn.Parameter, ...] = ()
+    param_init_fn: Callable[[nn.Module], None] | None = None
+    device_id: int | torch.device | None = None
+    sync_module_states: bool = True
+    forward_prefetch: bool = False
+    backward_prefetch: BackwardPrefetch | None = BackwardPrefetch.BACKWARD_PRE
+    reshard_after_forward: bool | int | None = None
+    shard_placement_fn: Callable[[nn.Parameter], Any] | None = None
+    mp_policy: MixedPrecisionPolicy | None = None
+    offload_policy: OffloadPolicy | None = None
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> "FSDPOptions":
+        """Sort ``keywords`` into the record; an unknown one raises ``TypeError``, one that cannot be ``ValueError``."""
+        wanted = dict(keywords)
+        for name, (only, why) in _WITHOUT_CHOICE.items():
+            if name in wanted and wanted.pop(name) is not only:
+                raise ValueError(f"`{name}={keywords[name]!r}` is not possible: {why} Leave it out.")
+        states = list(wanted.pop("ignored_states", None) or ())
+        modules = [*(wanted.pop("ignored_modules", None) or ()), *(s for s in states if isinstance(s, nn.Module))]
+        parameters = [*(wanted.pop("ignored_params", None) or ()), *(s for s in states if isinstance(s, Tensor))]
+        known = [field.name for field in fields(cls)]
+        for name in wanted:
+            if name not in known:
+                raise TypeError(_unknown_keyword(name, [*known, "ignored_states", *_WITHOUT_CHOICE]))
+        return cls(**wanted, ignored_modules=tuple(modules), ignored_params=tuple(parameters))
+
+    def parameters_to_ignore(self) -> set[nn.Parameter]:
+        """All parameters that stay whole."""
+        return {*self.ignored_params, *(parameter for part in self.ignored_modules for parameter in part.parameters())}
+
+
+_WITHOUT_CHOICE: dict[str, tuple[bool, str]] = {
+    "use_orig_params": (True, "parameters keep their names and shapes always, they are never flattened together."),
+    "limit_all_gathers": (True, "memory for gathered parameters is limited always."),
+}
+_DECIDED_HERE = {
+    "module": "it is what `fabric.setup` gets",
+    "mesh": "pass `device_mesh`",
+    "device_type": "it follows from the accelerator",
+}
+
+
+def _unknown_keyword(name: str, known: list[str]) -> str:
+    if name in _DECIDED_HERE:
+        return f"`{name}` cannot be passed to FSDPStrategy: {_DECIDED_HERE[name]}."
+    return f"FSDPStrategy has no option {name!r}.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}."
+
+
+def _sharding_strategy(given: Any) -> ShardingStrategy:
+    if isinstance(given, ShardingStrategy):
+        return given
+    known = {strategy.name: strategy for strategy in ShardingStrategy}
+    if isinstance(given, str) and given.upper() in known:
+        return known[given.upper()]
+    hint = did_you_mean(given, known) if isinstance(given, str) else ""
+    raise ValueError(f"Unknown sharding_strategy {given!r}.{hint} Known: {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Over which ranks parameters are shared out, and over which they are repeated; checked as far as it can be."""
+
+    strategy: ShardingStrategy
+    sizes: tuple[int, ...] | None = None
+    mesh: DeviceMesh | None = None
+    process_group: Any = None
+
+    @classmethod
+    def of(cls, strategy: ShardingStrategy, device_mesh: Any, process_group: Any, has_policy: bool) -> "Layout":
+        """Check what the user passed, and return the record.
+
+        Raises:
+            ValueError: if the arguments contradict each other.
+            RuntimeError: if a hybrid strategy is not told how many ranks share, and which are repeated.
+            TypeError: if ``device_mesh`` or ``process_group`` is something else.
+
+        """
+        if device_mesh is not None and process_group is not None:
+            raise ValueError(
+                "`device_mesh` and `process_group` both say which ranks share parameters. Keep one of them."
+            )
+        if strategy in _HYBRID and device_mesh is None and process_group is None and not has_policy:
+            raise RuntimeError(
+                f"sharding_strategy={strategy.name!r} shares parameters out within a group of ranks and repeats them "
+                "over such groups, so it needs to know the groups or the units. Pass one of `device_mesh` (such as "
+                "`(2, 4)`: 2 groups of 4 ranks), `process_group` or `auto_wrap_policy`."
+            )
+        ndim = _ndim_of_mesh(device_mesh)
+        _check_groups(strategy, process_group)
+        if ndim is not None and ndim != (2 if strategy in _HYBRID else 1):
+            raise ValueError(
+                f"device_mesh={device_mesh!r} has {ndim} dimension(s), but sharding_strategy={strategy.name!r} needs "
+                + ("two: (groups, ranks per group)." if strategy in _HYBRID else "one: (ranks,).")
+                + (" To repeat over the first and share over the second, use 'HYBRID_SHARD'." if ndim == 2 else "")
+            )
+        mesh = device_mesh if isinstance(device_mesh, DeviceMesh) else None
+        sizes = None if device_mesh is None or mesh is not None else tuple(device_mesh)
+        return cls(strategy, sizes, mesh, process_group)
+
+    def build(self, device_type: str, num_nodes: int, num_processes: int) -> DeviceMesh:
+        """Collective: make the mesh; of one axis ``"shard"``, or of ``("replicate", "shard")``.
+
+        Raises:
+            ValueError: if it is not for as many ranks as there are.
+
+        """
+        world = num_nodes * num_processes
+        if self.process_group is not None:
+            return _mesh_of_groups(self.process_group, device_type)
+        sizes = self.sizes or (None if self.mesh is None else tuple(self.mesh.shape))
+        if sizes is not None and math.prod(sizes) != world:
+            raise ValueError(
+                f"device_mesh={sizes} is for {math.prod(sizes)} processes, but there are {world} ({num_nodes} "
+                f"machine(s) with {num_processes} each). Make the product of its sizes {world}."
+            )
+        if self.mesh is not None:
+            return self._with_axes(self.mesh, device_type)
+        if self.strategy is ShardingStrategy.NO_SHARD:
+            sizes = (world, 1)
+        elif sizes is None:
+            sizes = (num_nodes, num_processes) if self.strategy in _HYBRID else (world,)
+        return init_device_mesh(device_type, sizes, mesh_dim_names=_MESH_AXES[-len(sizes) :])
+
+    def _with_axes(self, mesh: DeviceMesh, device_type: str) -> DeviceMesh:
+        if mesh.device_type != device_type:
+            raise ValueError(
+                f"device_mesh is of {mesh.device_type!r} devices, but the strategy runs on {device_type!r}. "
+                "Pass the sizes alone, as a tuple."
+            )
+        ranks = mesh.mesh
+        if self.strategy is ShardingStrategy.NO_SHARD:
+            return DeviceMesh(device_type, ranks.reshape(-1, 1), mesh_dim_names=_MESH_AXES)
+        if mesh.mesh_dim_names is None:  # torch wants names for two dimensions
+            return DeviceMesh(device_type, ranks, mesh_dim_names=_MESH_AXES[-mesh.ndim :])
+        return mesh
+
+
+def _ndim_of_mesh(device_mesh: Any) -> int | None:
+    if device_mesh is None:
+        return None
+    if isinstance(device_mesh, DeviceMesh):
+        return device_mesh.ndim
+    if isinstance(device_mesh, (tuple, list)) and all(type(size) is int and size > 0 for size in device_mesh):
+        return len(device_mesh)
+    raise TypeError(
+        f"`device_mesh` must be a tuple of sizes, such as (2, 4), or a DeviceMesh, but got {device_mesh!r}."
+    )
+
+
+def _check_groups(strategy: ShardingStrategy, process_group: Any) -> None:
+    if process_group is None:
+        return
+    is_pair = isinstance(process_group, (tuple, list))
+    if strategy is ShardingStrategy.NO_SHARD:
+        raise ValueError(
+            "sharding_strategy='NO_SHARD' averages gradients over all ranks and takes no `process_group`. Leave it out."
+        )
+    if is_pair != (strategy in _HYBRID) or (is_pair and len(process_group) != 2):
+        needs = "two groups, (the one to share in, the one to repeat over)" if strategy in _HYBRID else "one group"
+        raise ValueError(f"sharding_strategy={strategy.name!r} needs {needs}, but got process_group={process_group!r}.")
+    for group in process_group if is_pair else (process_group,):
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"`process_group` must be made of process groups, but got {group!r}.")
+
+
+def _mesh_of_groups(process_group: Any, device_type: str) -> DeviceMesh:
+    if not isinstance(process_group, (tuple, list)):
+        return DeviceMesh.from_group(process_group, device_type, mesh_dim_names=("shard",))
+    share, repeat = process_group
+    rows: list[Any] = [None] * dist.get_world_size(repeat)
+    dist.all_gather_object(rows, dist.get_process_group_ranks(share), group=repeat)
+    return DeviceMesh.from_group(
+        [repeat, share], device_type, mesh=torch.tensor(rows, dtype=torch.int), mesh_dim_names=_MESH_AXES
+    )
+
+
+@dataclass(frozen=True)
+class Casting:
+    """Where dtypes change. ``output_dtype`` is with the whole only: a unit's output is the next one's input.
+
+    Batch norms of ``uncast`` classes compute in the dtype they are stored in, as do all their statistics.
+    """
+
+    whole: MixedPrecisionPolicy
+    unit: MixedPrecisionPolicy
+    buffers: torch.dtype | None = None
+    uncast: tuple[type[nn.Module], ...] = (_BatchNorm,)
+
+    @classmethod
+    def of(cls, given: MixedPrecision | MixedPrecisionPolicy | None, precision: Precision) -> "Casting":
+        """Return what ``given`` says, or else what ``precision`` says."""
+        if isinstance(given, MixedPrecision):
+            return cls._of_predecessor(given)
+        if given is not None:
+            return cls._of_policy(given)
+        if not isinstance(precision, FSDPPrecision) or precision.precision == "32-true":
+            return cls._of_policy(MixedPrecisionPolicy())  # a module that is stored in other dtypes computes in them
+        dtypes = precision.dtypes
+        if precision.autocasts:
+            plain = MixedPrecisionPolicy(reduce_dtype=dtypes.reduce, cast_forward_inputs=False)
+            return cls(plain, plain, dtypes.buffer)
+        # what is returned is cast by the precision
+        plain = MixedPrecisionPolicy(param_dtype=dtypes.param, reduce_dtype=dtypes.reduce)
+        return cls(plain, plain, dtypes.buffer, uncast=())
+
+    @classmethod
+    def _of_policy(cls, policy: MixedPrecisionPolicy) -> "Casting":
+        whole = policy
+        if policy.param_dtype is not None and policy.output_dtype is None:
+            whole = replace(policy, output_dtype=torch.get_default_dtype())
+        return cls(whole, replace(policy, output_dtype=None))
+
+    @classmethod
+    def _of_predecessor(cls, given: MixedPrecision) -> "Casting":
+        if given.keep_low_precision_grads:
+            raise ValueError(
+                "`MixedPrecision(keep_low_precision_grads=True)` is not possible: gradients have the dtype of the "
+                "parameters that the optimizer updates. Leave it out, or store parameters in 16 bit: "
+                "precision='bf16-true'."
+            )
+        reduce_dtype = given.reduce_dtype or given.param_dtype
+        unit = MixedPrecisionPolicy(given.param_dtype, reduce_dtype, cast_forward_inputs=given.cast_forward_inputs)
+        whole = cls._of_policy(replace(unit, cast_forward_inputs=given.cast_root_forward_inputs)).whole
+        return cls(whole, unit, given.buffer_dtype, tuple(given._module_classes_to_ignore))
+
+    def of_uncast(self, stored: torch.dtype) -> MixedPrecisionPolicy:
+        """For a unit that computes in ``stored`` between others that do not."""
+        return MixedPrecisionPolicy(stored, output_dtype=self.unit.param_dtype)
+
+
+# ---- the strategy ----------------------------------------------------------------------------------------------------
+
+
+class FSDPStrategy(ParallelStrategy, _Sharded):
+    """Each rank holds a part of every parameter, its gradient and its optimizer state; a unit is whole while it runs.
+
+    The module is set up in place: parameters become ``DTensor``, under their own names. Copies of it cannot be made
+    with ``copy.deepcopy``; go through state dicts.
+
+    Args:
+        accelerator: kind of device; None: Fabric chooses.
+        parallel_devices: the devices of this machine; None: Fabric chooses.
+        cluster_environment: owner of ranks and addresses; None: detected.
+        precision: dtypes and loss scaling.
+        process_group_backend: None: nccl on CUDA, gloo on CPU.
+        timeout: how long a collective waits for the other processes.
+        cpu_offload: parameters, gradients and optimizer state wait in CPU memory: True, or a record of torch's.
+        mixed_precision: dtypes in place of the precision's: ``MixedPrecision`` or ``MixedPrecisionPolicy`` of torch.
+        auto_wrap_policy: which submodules are units: a set of layer classes, a policy of torch, or a function
+            ``(module, recurse, nonwrapped_numel) -> bool``. None: the whole module is one unit.
+        activation_checkpointing: deprecated, a class or a list of classes.
+        activation_checkpointing_policy: which submodules compute their activations again in backward, instead of
+            keeping them; said as ``auto_wrap_policy`` is.
+        sharding_strategy: ``"FULL_SHARD"``; ``"SHARD_GRAD_OP"``: parameters stay whole from forward to backward;
+            ``"NO_SHARD"``: everything is repeated, gradients are averaged; ``"HYBRID_SHARD"`` and
+            ``"_HYBRID_SHARD_ZERO2"``: shared out in groups (of a machine, unless said) and repeated over groups.
+        state_dict_type: what ``fabric.save`` writes: ``"sharded"``: a folder, each rank its part; ``"full"``: a file.
+        device_mesh: the ranks' arrangement: ``(ranks,)`` or, for a hybrid strategy, ``(groups, ranks per group)``.
+        kwargs: options of ``torch.distributed.fsdp.fully_shard``, and of ``FullyShardedDataParallel``, see
+            :class:`FSDPOptions`.
+
+    Raises:
+        TypeError: for an option that is unknown or of a wrong type.
+        ValueError: for options that contradict each other, or ask for what is not possible.
+        RuntimeError: if a hybrid strategy knows neither groups nor units.
+
+    """
+
+    runs_on: ClassVar[frozenset[str] | None] = frozenset({"cpu", "cuda"})
+    start_method = "popen"
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        precision: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = timedelta(minutes=30),
+        cpu_offload: bool | CPUOffload | CPUOffloadPolicy | None = None,
+        mixed_precision: MixedPrecision | MixedPrecisionPolicy | None = None,
+        auto_wrap_policy: _Policy | None = None,
+        activation_checkpointing: type[nn.Module] | list[type[nn.Module]] | None = None,
+        activation_checkpointing_policy: _Policy | None = None,
+        sharding_strategy: str | ShardingStrategy = "FULL_SHARD",
+        state_dict_type: _StateDictType = "sharded",
+        device_mesh: tuple[int, ...] | DeviceMesh | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(accelerator, parallel_devices, cluster_environment, None, _can_shard(precision))
+        if state_dict_type not in get_args(_StateDictType):
+            raise ValueError(f"state_dict_type must be one of {get_args(_StateDictType)}, but got {state_dict_type!r}.")
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._state_dict_type: _StateDictType = state_dict_type
+        self._options = options = FSDPOptions.from_keywords(kwargs)
+        self._sharding_strategy = _sharding_strategy(sharding_strategy)
+        self._layout = Layout.of(self._sharding_strategy, device_mesh, options.process_group, bool(auto_wrap_policy))
+        self._reshard_after_forward = _reshard_after_forward(self._sharding_strategy, options)
+        self._offload = _offload(cpu_offload, options.offload_policy)
+        self._mixed_precision = _mixed_precision(mixed_precision, options.mp_policy)
+        self._units = choice_of(auto_wrap_policy, "auto_wrap_policy")
+        self._to_checkpoint = _choice_to_checkpoint(activation_checkpointing, activation_checkpointing_policy)
+        self._device_mesh: DeviceMesh | None = None
+        self._roots: WeakSet[_FSDPRoot] = WeakSet()
+        self._replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters as they were before
+        self._known_optimizers: WeakKeyDictionary[Optimizer, None] = WeakKeyDictionary()
+        self._backward_sync_control = _FSDPBackwardSync()
+
+    # -- parts
+
+    @property
+    def precision(self) -> Precision:
+        """Dtypes and loss scaling; full precision unless set."""
+        return Strategy.precision.fget(self)  # type: ignore[attr-defined]
+
+    @precision.setter
+    def precision(self, precision: Precision | None) -> None:
+        Strategy.precision.fset(self, _can_shard(precision))  # type: ignore[attr-defined]
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """Not used: the strategy writes and reads its files itself."""
+        return Strategy.checkpoint_io.fget(self)  # type: ignore[attr-defined]
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        raise NotImplementedError(
+            f"FSDPStrategy writes and reads its files itself, so {type(io).__name__} would never be asked. "
+            "Leave the checkpoint IO plugin out."
+        )
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """Name of the backend that moves data between ranks; None: by the device."""
+        return self._process_group_backend
+
+    @property
+    def sharding_strategy(self) -> ShardingStrategy:
+        """What is shared out over the ranks."""
+        return self._sharding_strategy
+
+    @property
+    def state_dict_type(self) -> str:
+        """What is written: ``"sharded"`` or ``"full"``."""
+        return self._state_dict_type
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The ranks' arrangement; from launch on."""
+        if self._device_mesh is None:
+            raise RuntimeError("`device_mesh` is made of the processes, and they do not exist yet. Launch first.")
+        return self._device_mesh
+
+    # -- processes
+
+    def _configure_launcher(self) -> None:
+        if self.cluster_environment is None:
+            raise RuntimeError(f"{type(self).__name__} needs its cluster environment before a launcher can be chosen.")
+        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def setup_environment(self) -> None:
+        device = self.root_device
+        _check_device(self._options.device_id, device)
+        backend = self._process_group_backend
+        if backend is None and self._offload is not None and device.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"  # what waits in CPU memory is talked about from there
+        self._join_world(backend, self._timeout)
+        self._device_mesh = self._layout.build(device.type, self.num_nodes, self.num_processes)
+        if self._timeout is not None and self._options.process_group is None:
+            for axis in range(self._device_mesh.ndim):  # torch gives these groups its own default
+                _set_pg_timeout(self._timeout, self._device_mesh.get_group(axis))
+        if isinstance(self.precision, FSDPPrecision):
+            self.precision.computes_on(device.type)
+
+    # -- objects
+
+    @contextmanager
+    def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Modules made inside have the dtype of the precision.
+
+        ``empty_init=True``: parameters take no memory; ``setup_module`` gives every rank its part of the values that
+        they would have had. Otherwise they are on the CPU, as they may be too large for the device before they are
+        shared out.
+        """
+        device = nullcontext() if empty_init else torch.device("cpu")
+        with recording_init() if empty_init else nullcontext(), device, self.precision.module_init_context():
+            yield
+
+    def module_sharded_context(self) -> AbstractContextManager[None]:
+        return self.module_init_context(empty_init=True)
+
+    def module_to_device(self, module: nn.Module) -> None:
+        """Do nothing: ``setup_module`` moves unit by unit, so that no device ever holds the whole."""
+
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        """Set both up together; what the optimizers have of groups, options and state stays.
+
+        Raises:
+            RuntimeError: if an optimizer has parameters on the meta device.
+
+        """
+        for optimizer in optimizers:
+            if _has_meta_device_parameters_or_buffers(optimizer):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} has parameters on the meta device, which get their values when the "
+                    "module is set up. Set the module up first, then create the optimizer, then set that up: "
+                    "`model = fabric.setup_module(model)`, `optimizer = Adam(model.parameters())`, "
+                    "`optimizer = fabric.setup_optimizers(optimizer)`."
+                )
+        before = parameter_names(module)
+        root = self.setup_module(module)
+        repoint_optimizers(optimizers, before, module)
+        for optimizer in optimizers:
+            shard_optimizer_state(optimizer)
+        return root, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Collective: share ``module`` out, in place, and return what to call in training.
+
+        The values are rank 0's (unless ``sync_module_states=False``); those of parameters on the meta device are what
+        one process would have made.
+
+        Raises:
+            ValueError: if it is set up already, or has parameters that cannot be shared out.
+            TypeError: if a submodule with parameters on the meta device says nothing of how to fill them.
+
+        """
+        self._need_group("setup_module")
+        ignored = self._options.parameters_to_ignore()
+        _check_can_be_sharded(module, ignored)
+        meta = MetaTensors.of(module)
+        before = [parameter for parameter in module.parameters() if parameter not in ignored]
+        casting = Casting.of(self._mixed_precision, self.precision)
+        policies = self._policies_of_units(module, casting, ignored)
+        _check_dtypes(module, [*policies, module], ignored)
+
+        for part in modules_to_checkpoint(module, self._to_checkpoint):
+            checkpoint(part, context_fn=_same_default_dtype)  # keeps names and objects, unlike torch's wrapper
+        for unit, policy in policies.items():
+            self._shard_unit(unit, policy, ignored)
+        root = _FSDPRoot(module)
+        self._shard_unit(root, casting.whole, ignored)
+        if meta:
+            device = torch.device("cpu") if self._offload is not None else self.root_device
+            meta.materialize(module, device, agree=self.broadcast, param_init_fn=self._options.param_init_fn)
+        _place_plain_tensors(module, self.root_device, casting)
+        self._prefetch(root)
+
+        self._roots.add(root)
+        self._replaced.update(dict.fromkeys(before))
+        return root
+
+    def _policies_of_units(
+        self, module: nn.Module, casting: Casting, ignored: set[nn.Parameter]
+    ) -> dict[nn.Module, MixedPrecisionPolicy]:
+        """Return the dtypes of each unit but ``module`` itself, inner ones first."""
+        module = getattr(module, "_orig_mod", module)  # compiled on the inside
+        units = units_to_shard(module, self._units, self._options.ignored_modules, ignored)
+        _warn_of_ties(units.ties)
+        return {**_uncast_parts(module, casting), **dict.fromkeys(units.modules, casting.unit)}
+
+    def _shard_unit(self, unit: nn.Module, policy: MixedPrecisionPolicy, ignored: set[nn.Parameter]) -> None:
+        """Bring what is whole in ``unit`` to the device, make it rank 0's, and keep this rank's part."""
+        for tensor in _plain_tensors(unit):
+            tensor.data = tensor.data.to(self.root_device).contiguous()
+        if self._options.sync_module_states:
+            sync_from_rank_zero(unit)
+        fully_shard(
+            unit,
+            mesh=self.device_mesh,
+            reshard_after_forward=self._reshard_after_forward,
+            shard_placement_fn=self._options.shard_placement_fn,
+            mp_policy=policy,
+            offload_policy=self._offload_policy(),
+            ignored_params=ignored,
+        )
+
+    def _offload_policy(self) -> OffloadPolicy:
+        if self._offload is None:
+            return OffloadPolicy()
+        # memory can be pinned only for an accelerator
+        return CPUOffloadPolicy(pin_memory=self._offload.pin_memory and self.root_device.type != "cpu")
+
+    def _prefetch(self, root: "_FSDPRoot") -> None:
+        units = root.units()
+        if self._options.forward_prefetch:
+            for unit, following in pairwise(units):
+                unit.set_modules_to_forward_prefetch([following])
+        if self._options.backward_prefetch is not BackwardPrefetch.BACKWARD_PRE:
+            for unit in units:
+                unit.set_modules_to_backward_prefetch([unit])  # itself, which is there already
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Check that ``optimizer`` updates parameters as they are after set-up.
+
+        Raises:
+            ValueError: if it has parameters from before, or none of a module that was set up.
+
+        """
+        known: set[Tensor] = set()
+        for root in self._roots:
+            seen = parameter_names(root.module)
+            root.reshard_all()  # the optimizer may be made while a unit is whole
+            repoint_optimizers([optimizer], seen, root.module)
+            known.update(root.module.parameters())
+        parameters = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        if known.isdisjoint(parameters) or any(p.is_meta or p in self._replaced for p in parameters - known):
+            raise ValueError(
+                f"{type(optimizer).__name__} has parameters that are not those of a module that was set up: "
+                "FSDPStrategy replaces them. Create it after `fabric.setup_module(model)`, or set both up together: "
+                "`model, optimizer = fabric.setup(model, optimizer)`."
+            )
+        for index, group in enumerate(optimizer.param_groups):
+            _step_one_by_one_if_mixed(group, f"param_groups[{index}] of {type(optimizer).__name__}")
+        if optimizer not in self._known_optimizers:
+            self._known_optimizers[optimizer] = None
+            roots = self._roots_of(parameters)
+            optimizer.register_step_post_hook(_ReshardAfterStep(roots))
+            optimizer.zero_grad = _ZeroGrad(optimizer.zero_grad, roots)  # type: ignore[method-assign]
+        return optimizer
+
+    def _roots_of(self, parameters: set[Tensor]) -> "WeakSet[_FSDPRoot]":
+        return WeakSet(root for root in self._roots if not parameters.isdisjoint(root.module.parameters()))
+
+    # -- the step
+
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().backward(tensor, module, *args, **kwargs)
+        except BaseException:
+            for root in self._roots:
+                root.abandon_step()
+                root.drop_unsynced_gradients()
+            raise
+
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        parameters = list(self.precision.main_params(optimizer))
+        return clip_norm(parameters, max_norm, norm_type, error_if_nonfinite, self._module_with_state(module))
+
+    def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
+        clip_value(list(self.precision.main_params(optimizer)), clip_val)
+
+    # -- files
+
+    def save_checkpoint(
+        self,
+        path: _PATH,
+        state: MutableMapping[str, Any],
+        storage_options: Any = None,
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        """Collective: write ``state``: a folder with a file per rank, or with ``state_dict_type="full"`` one file."""
+        self._reshard_roots()
+        sharded = self._state_dict_type == "sharded"
+        _sharded_files.save_checkpoint(
+            self, path, state, sharded=sharded, storage_options=storage_options, filter=filter
+        )
+
+    def load_checkpoint(
+        self,
+        path: _PATH,
+        state: nn.Module | Optimizer | MutableMapping[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        self._reshard_roots()
+        return _sharded_files.load_checkpoint(self, path, state, strict=strict, weights_only=weights_only)
+
+    def _module_with_state(self, module: nn.Module) -> nn.Module:
+        own = module.module if isinstance(module, _FSDPRoot) else module
+        return getattr(own, "_orig_mod", own)
+
+    def get_module_state_dict(self, module: nn.Module) -> dict[str, Any | Tensor]:
+        """Return ``module``'s state under the user's names: each rank's part, or with ``"full"`` all of it on rank 0.
+
+        Collective with ``state_dict_type="full"``; the other ranks get an empty dict then.
+        """
+        self._reshard_roots()
+        module = self._module_with_state(module)
+        if self._state_dict_type == "full":
+            return _sharded_files.full_module_state(module, rank_zero_only=True)
+        return module.state_dict()
+
+    def load_module_state_dict(
+        self, module: nn.Module, state_dict: dict[str, Any | Tensor], strict: bool = True
+    ) -> None:
+        """Copy ``state_dict``, of full tensors (the same on every rank) or of parts, into ``module``."""
+        self._reshard_roots()
+        _sharded_files.load_full_module_state(self._module_with_state(module), state_dict, strict)
+
+    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state in torch's format: each rank's part, or with ``"full"`` all of it on rank 0.
+
+        Collective with ``state_dict_type="full"``; the other ranks get an empty dict then.
+        """
+        if self._state_dict_type == "full":
+            return _sharded_files.full_optimizer_state(optimizer, rank_zero_only=True)
+        return optimizer.state_dict()
+
+    def load_optimizer_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        _sharded_files.load_full_optimizer_state(optimizer, state_dict)
+
+    def _reshard_roots(self) -> None:
+        for root in self._roots:
+            root.reshard_all()
+
+    # -- end
+
+    def teardown(self) -> None:
+        super().teardown()
+        self._device_mesh = None
+
+
+def _can_shard(precision: Precision | None) -> Precision | None:
+    if precision is None or precision.precision in _PRECISIONS:
+        return precision
+    raise TypeError(
+        f"FSDPStrategy cannot compute with {type(precision).__name__} (precision={precision.precision!r}). "
+        f"Use `FSDPPrecision`, for one of: {', '.join(sorted(_PRECISIONS))}."
+    )
+
+
+def _reshard_after_forward(strategy: ShardingStrategy, options: FSDPOptions) -> bool | int | None:
+    """Whether a unit is whole only while it runs; None: so, except what is outside of all units."""
+    given = options.reshard_after_forward
+    if strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD):
+        return given
+    if given:
+        raise ValueError(
+            f"reshard_after_forward={given!r} contradicts sharding_strategy={strategy.name!r}, under which parameters "
+            "stay whole until backward is done. Keep one of them."
+        )
+    return False
+
+
+def _offload(given: Any, policy: OffloadPolicy | None) -> CPUOffloadPolicy | None:
+    if given is not None and policy is not None:
+        raise ValueError("`cpu_offload` and `offload_policy` say the same. Keep one of them.")
+    given = policy if policy is not None else given
+    if isinstance(given, CPUOffload):
+        given = given.offload_params
+    if isinstance(given, CPUOffloadPolicy):
+        return given
+    if given is None or isinstance(given, (bool, OffloadPolicy)):
+        return CPUOffloadPolicy() if given is True else None
+    raise TypeError(f"`cpu_offload` must be a bool, `CPUOffload` or `CPUOffloadPolicy`, but got {given!r}.")
+
+
+def _mixed_precision(given: Any, policy: MixedPrecisionPolicy | None) -> MixedPrecision | MixedPrecisionPolicy | None:
+    if given is not None and policy is not None:
+        raise ValueError("`mixed_precision` and `mp_policy` say the same. Keep one of them.")
+    given = policy if policy is not None else given
+    if given is not None and not isinstance(given, (MixedPrecision, MixedPrecisionPolicy)):
+        raise TypeError(
+            "`mixed_precision` must be a `MixedPrecision` or `MixedPrecisionPolicy` of `torch.distributed.fsdp`, but "
+            f"got {given!r}. For a precision by its name, use `Fabric(precision=...)`."
+        )
+    Casting.of(given, Precision())  # what cannot be is refused now
+    return given
+
+
+def _choice_to_checkpoint(deprecated: Any, policy: Any) -> Choice | None:
+    if deprecated is None:
+        return choice_of(policy, "activation_checkpointing_policy")
+    if policy is not None:
+        raise ValueError(
+            "`activation_checkpointing` and `activation_checkpointing_policy` say the same. Keep the latter."
+        )
+    rank_zero_deprecation(
+        "`FSDPStrategy(activation_checkpointing=...)` is deprecated. Please use `activation_checkpointing_policy=`."
+    )
+    return choice_of(deprecated, "activation_checkpointing")
+
+
+def _check_device(device_id: int | torch.device | None, device: torch.device) -> None:
+    if device_id is None:
+        return
+    given = torch.device("cuda", device_id) if isinstance(device_id, int) else torch.device(device_id)
+    if given.type != device.type or (given.index is not None and given.index != device.index):
+        raise ValueError(
+            f"device_id={device_id!r} is not the device of this process, which is {device}. Leave it out: it follows "
+            "from the accelerator and `devices`."
+        )
+
+
+# ---- what a set-up module is -----------------------------------------------------------------------------------------
+
+
+class _FSDPRoot(nn.Module):
+    """The user's module inside; calling this one is what makes parameters whole.
+
+    As another object than the user's module, it lets the user's methods run under it, and call the module themselves.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+        self._units: list[FSDPModule] = []
+        self.unsynced_depth = 0
+        self.has_unsynced_gradients = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.module(*args, **kwargs)
+        try:
+            return self.module(*args, **kwargs)
+        except BaseException:
+            self.abandon_step()
+            raise
+
+    def units(self) -> list[FSDPModule]:
+        """Itself and the units inside, outer ones first."""
+        if not self._units:
+            self.__dict__["_units"] = [part for part in self.modules() if isinstance(part, FSDPModule)]
+        return self._units
+
+    def reshard_all(self) -> None:
+        """Show this rank's part of every parameter, and free what was gathered. Not during forward or backward."""
+        for unit in self.units():
+            unit.reshard()
+
+    def abandon_step(self) -> None:
+        """Be as before the forward, which did not come to its end; else torch would leave gradients out of the next."""
+        reset = getattr(FSDPModule, "reset_iter_state", None)  # from torch 2.13 on
+        if reset is not None:
+            reset(self)
+
+    def drop_unsynced_gradients(self) -> None:
+        """Forget what has piled up whole on this rank."""
+        for unit in self.units():
+            for group in _groups(unit):
+                group._partial_reduce_output = None
+                for parameter in group.fsdp_params:
+                    parameter.unsharded_accumulated_grad = None
+                    if hasattr(parameter, "_unsharded_param"):  # it was whole at least once
+                        parameter._unsharded_param.grad = None
+
+
+def _groups(unit: FSDPModule) -> list[Any]:
+    """What torch keeps of the parameters of ``unit``."""
+    state = unit._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []  # before torch 2.13
+
+
+class _ReshardAfterStep:
+    """Lets no forward see parameters that were gathered before the step, as in a look at samples between the two."""
+
+    def __init__(self, roots: "WeakSet[_FSDPRoot]") -> None:
+        self._roots = roots
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for root in self._roots:
+            root.reshard_all()
+
+
+class _ZeroGrad:
+    """``Optimizer.zero_grad`` that reaches gradients which were not synchronised, so are in no parameter's ``grad``."""
+
+    def __init__(self, zero_grad: Callable[..., None], roots: "WeakSet[_FSDPRoot]") -> None:
+        self._zero_grad = zero_grad
+        self._roots = roots
+
+    def __call__(self, set_to_none: bool = True) -> None:
+        self._zero_grad(set_to_none)
+        for root in self._roots:
+            if root.has_unsynced_gradients:
+                root.__dict__["has_unsynced_gradients"] = False
+                root.drop_unsynced_gradients()
+
+
+class _FSDPBackwardSync(_BackwardSyncControl):
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        if not enabled:
+            return _NO_CONTEXT
+        root = module if isinstance(module, _FSDPRoot) else getattr(module, "_orig_mod", module)
+        if not isinstance(root, _FSDPRoot):
+            raise TypeError(
+                f"`no_backward_sync` needs the module that `setup_module` returned, but got {type(module).__name__}. "
+                "Pass the result of `fabric.setup(...)`."
+            )
+        return _NoSync(root)
+
+
+class _NoSync(AbstractContextManager[None]):
+    """Inside, gradients pile up whole on each rank; the next backward outside of it adds them up over the ranks."""
+
+    def __init__(self, root: _FSDPRoot) -> None:
+        self._root = root
+
+    def __enter__(self) -> None:
+        state = self._root.__dict__  # setting an attribute of a module takes microseconds
+        state["unsynced_depth"] += 1
+        state["has_unsynced_gradients"] = True
+        if state["unsynced_depth"] == 1:
+            self._synchronise(False)
+
+    def __exit__(self, *error: object) -> None:
+        state = self._root.__dict__
+        state["unsynced_depth"] -= 1
+        if state["unsynced_depth"] == 0:
+            self._synchronise(True)
+
+    def _synchronise(self, on: bool) -> None:
+        for unit in self._root.units():
+            unit.set_requires_gradient_sync(on, recurse=False)
+
+
+# ---- parts of set-up -------------------------------------------------------------------------------------------------
+
+
+def _check_can_be_sharded(module: nn.Module, ignored: set[nn.Parameter]) -> None:
+    parts = list(module.modules())
+    if any(isinstance(part, FullyShardedDataParallel) for part in parts):
+        raise TypeError(
+            f"{type(module).__name__} has `FullyShardedDataParallel` inside, which shares parameters out differently. "
+            "Pass the module without it, and say what the units are: `FSDPStrategy(auto_wrap_policy=...)`."
+        )
+    sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    if sharded or any(isinstance(part, FSDPModule) for part in parts):
+        raise ValueError(
+            f"{type(module).__name__}, or a part of it, is shared out already. Set each module up once; to combine "
+            "`fully_shard` with tensor parallelism yourself, use `ModelParallelStrategy`."
+        )
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter not in ignored]
+    scalars = [name for name, parameter in named if parameter.ndim == 0]
+    if scalars:
+        raise ValueError(
+            f"Parameters without dimensions cannot be shared out: {', '.join(map(repr, scalars))}. Give each one "
+            "dimension, `nn.Parameter(torch.ones(1))`, or name it in `ignored_params`."
+        )
+
+
+def _warn_of_ties(ties: list[Tie]) -> None:
+    for tie in ties:
+        rank_zero_warn(
+            f"{' and '.join(map(repr, tie.parameters))} are one parameter, used in several units. So "
+            f"{' and '.join(map(repr, tie.units))} cannot be units of their own; they are with what surrounds them."
+        )
+
+
+def _check_dtypes(module: nn.Module, units: list[nn.Module], ignored: set[nn.Parameter]) -> None:
+    """What is reduced together has one dtype."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    left = {parameter for parameter in names if parameter.requires_grad and parameter not in ignored}
+    for unit in units:
+        own = {parameter.dtype: names[parameter] for parameter in unit.parameters() if parameter in left}
+        left.difference_update(unit.parameters())
+        if len(own) > 1:
+            found = ", ".join(f"{name!r} is {dtype}" for dtype, name in own.items())
+            raise ValueError(
+                "The gradients of a unit are added up over the ranks together, so its parameters need one dtype: "
+                f"{found}. Convert the model to one, or make the parts units of their own with `auto_wrap_policy`."
+            )
+
+
+def _uncast_parts(module: nn.Module, casting: Casting) -> dict[nn.Module, MixedPrecisionPolicy]:
+    """What computes in the dtype it is stored in, where everything around it is cast to another."""
+    dtype = casting.unit.param_dtype
+    found = {part: next(part.parameters(), None) for part in module.modules() if isinstance(part, casting.uncast)}
+    return {
+        part: casting.of_uncast(stored.dtype)
+        for part, stored in found.items()
+        if stored is not None and dtype is not None and stored.dtype != dtype
+    }
+
+
+def _plain_tensors(module: nn.Module) -> list[Tensor]:
+    tensors = (*module.parameters(), *module.buffers())
+    return [tensor for tensor in tensors if not isinstance(tensor, DTensor) and not tensor.is_meta]
+
+
+def _place_plain_tensors(module: nn.Module, device: torch.device, casting: Casting) -> None:
+    """Bring what stays whole to ``device``, and floating-point buffers into their dtype."""
+    for tensor in _plain_tensors(module):
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
+    if casting.buffers is None:
+        return
+    for part in module.modules():
+        if not isinstance(part, casting.uncast):
+            for buffer in part.buffers(recurse=False):
+                if buffer.is_floating_point():
+                    buffer.data = buffer.data.to(casting.buffers)
+
+
+def _same_default_dtype() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For forward, and for the second forward in backward: what makes new tensors of the same dtype."""
+    return nullcontext(), default_dtype(torch.get_default_dtype())
+
+
+def _step_one_by_one_if_mixed(group: dict[str, Any], name: str) -> None:
+    """Torch cannot update parts of parameters and whole parameters (ignored ones) in one go."""
+    if len({isinstance(parameter, DTensor) for parameter in group["params"]}) < 2:
+        return
+    for way in ("foreach", "fused"):
+        if group.get(way):
+            raise ValueError(
+                f"{name} has parameters that are shared out and ones that are not, which {way}=True cannot update "
+                f"together. Put them into groups of their own, or leave `{way}` out."
+            )
+    if "foreach" in group:
+        group["foreach"] = False

@@ -1,0 +1,649 @@
+"""Split a module over processes, as a function of the user's says.    torch: DeviceMesh, DTensor, FSDP2"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ClassVar, Literal, TypeAlias
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.distributed._composable.replicate import DDP as ReplicatedModule
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.strategies import _sharded_files
+from lightning.fabric.strategies._dtensor import _summed, clip_norm, clip_value, local_tensor
+from lightning.fabric.strategies._materialize import MetaTensors
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.fabric.strategies.parallel import ParallelStrategy
+from lightning.fabric.strategies.strategy import _NO_CONTEXT, Strategy, _BackwardSyncControl
+from lightning.fabric.utilities.init_tape import recording_init
+from lightning.fabric.utilities.types import _PATH
+
+_Size: TypeAlias = int | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class MeshSizes:
+    """How many processes are along each mesh dimension; "auto": the machines, and the processes of each."""
+
+    data_parallel: _Size = "auto"
+    tensor_parallel: _Size = "auto"
+
+    def __post_init__(self) -> None:
+        for name, size in (("data_parallel_size", self.data_parallel), ("tensor_parallel_size", self.tensor_parallel)):
+            if size != "auto" and (type(size) is not int or size < 1):
+                raise ValueError(f"`{name}` must be 'auto' or a positive integer, but got {size!r}.")
+
+    def resolve(self, num_nodes: int, num_processes: int) -> tuple[int, int]:
+        """Return both numbers for ``num_nodes`` machines of ``num_processes``; they cover the world exactly."""
+        data = num_nodes if self.data_parallel == "auto" else self.data_parallel
+        tensor = num_processes if self.tensor_parallel == "auto" else self.tensor_parallel
+        world = num_nodes * num_processes
+        if data * tensor != world:
+            raise RuntimeError(
+                f"data_parallel_size={self.data_parallel!r} ({data}) times tensor_parallel_size="
+                f"{self.tensor_parallel!r} ({tensor}) is {data * tensor}, but there are {world} processes ({num_nodes} "
+                f"machine(s) with {num_processes} each). Choose sizes whose product is {world}."
+            )
+        return data, tensor
+
+
+class ModelParallelStrategy(ParallelStrategy):
+    """Split modules as ``parallelize_fn`` says: tensor parallel, FSDP2 (``fully_shard``), or both.
+
+    The processes form a mesh with the dimensions ``"data_parallel"`` and ``"tensor_parallel"``. Ranks along
+    ``"data_parallel"`` see different batches, and the module must average gradients over them: by ``fully_shard``,
+    ``replicate`` or ``DistributedDataParallel``. Ranks along ``"tensor_parallel"`` see the same batch and compute one
+    result together.
+
+    ``setup_module`` comes first, then the optimizer is made of the module's parameters, then ``setup_optimizer``.
+
+    A parameter that the plan leaves out is a plain tensor with a copy on every tensor-parallel rank. Nothing
+    synchronises the copies: they stay equal because each rank computes the same gradient, which is so where input and
+    output of the layer are whole (between a ``RowwiseParallel`` and a ``ColwiseParallel``, for one). A layer that sees
+    a part of the sequence, or of the features, belongs into the plan (``SequenceParallel``). Dropout on whole
+    activations needs the same seed on the tensor-parallel ranks.
+
+    Args:
+        parallelize_fn: ``(module, device_mesh) -> module``; changes the module in place, or returns one that has it
+            inside. Called on every rank, in ``setup_module``; parameters may be on the meta device.
+        data_parallel_size: number of ranks along ``"data_parallel"``; "auto": the number of machines.
+        tensor_parallel_size: number of ranks along ``"tensor_parallel"``; "auto": the processes of each machine.
+        save_distributed_checkpoint: each rank writes its part, into a folder; False: rank 0 writes one file.
+        process_group_backend: None: nccl on CUDA, gloo on CPU.
+        timeout: how long a collective waits for the other processes.
+
+    Raises:
+        TypeError: if ``parallelize_fn`` cannot be called.
+        ValueError: if a size is neither "auto" nor a positive integer.
+
+    """
+
+    runs_on: ClassVar[frozenset[str] | None] = frozenset({"cpu", "cuda"})
+    start_method = "popen"
+
+    def __init__(
+        self,
+        parallelize_fn: Callable[[Any, DeviceMesh], nn.Module],
+        data_parallel_size: _Size = "auto",
+        tensor_parallel_size: _Size = "auto",
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = timedelta(minutes=30),
+    ) -> None:
+        super().__init__()
+        if not callable(parallelize_fn):
+            raise TypeError(
+                f"`parallelize_fn` must be a function (module, device_mesh) -> module, but got {parallelize_fn!r}."
+            )
+        self._parallelize_fn = parallelize_fn
+        self._sizes = MeshSizes(data_parallel_size, tensor_parallel_size)
+        self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._device_mesh: DeviceMesh | None = None
+        self._parallelized: WeakKeyDictionary[nn.Module, _Parallelized] = WeakKeyDictionary()
+        self._backward_sync_control = _SyncControl(self._parallelized)
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """Name of the backend that moves data between ranks; None: by the device."""
+        return self._process_group_backend
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The processes, arranged as ``("data_parallel", "tensor_parallel")``; from launch on."""
+        if self._device_mesh is None:
+            raise RuntimeError("`device_mesh` is made of the processes, and they do not exist yet. Launch first.")
+        return self._device_mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Tensor-parallel ranks see the same data."""
+        mesh = self.device_mesh["data_parallel"]
+        return {"num_replicas": mesh.size(), "rank": mesh.get_local_rank()}
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """Writes and reads checkpoints that are one file."""
+        return Strategy.checkpoint_io.fget(self)  # type: ignore[attr-defined]
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        if self._save_distributed_checkpoint:
+            raise NotImplementedError(
+                f"ModelParallelStrategy writes its folders itself, so {type(io).__name__} would never be asked. Leave "
+                "the checkpoint IO plugin out, or choose `save_distributed_checkpoint=False`."
+            )
+        Strategy.checkpoint_io.fset(self, io)  # type: ignore[attr-defined]
+
+    # -- processes
+
+    def _configure_launcher(self) -> None:
+        if self.cluster_environment is None:
+            raise RuntimeError(f"{type(self).__name__} needs its cluster environment before a launcher can be chosen.")
+        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def setup_environment(self) -> None:
+        sizes = self._sizes.resolve(self.num_nodes, self.num_processes)  # wrong ones fail before anybody waits
+        self._join_world(self._process_group_backend, self._timeout)
+        names = ("data_parallel", "tensor_parallel")
+        self._device_mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
+        if self._timeout is not None:
+            for name in names:  # torch gives them its own default
+                _set_pg_timeout(self._timeout, self._device_mesh.get_group(name))
+        self._let_ranks_agree_on_overflow()
+
+    def _let_ranks_agree_on_overflow(self) -> None:
+        scaler = getattr(self.precision, "scaler", None)
+        if type(scaler) is GradScaler:  # one with a class of its own is the user's business
+            self.precision.scaler = _AgreedGradScaler.like(scaler, self.root_device.type)  # type: ignore[attr-defined]
+
+    # -- objects
+
+    @contextmanager
+    def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """With ``empty_init=True`` parameters are on the meta device, and ``setup_module`` fills each rank's part."""
+        if not empty_init:
+            with super().module_init_context(empty_init=False):
+                yield
+            return
+        with recording_init(self.root_device), self.precision.module_init_context():
+            yield
+
+    def module_to_device(self, module: nn.Module) -> None:
+        """Do nothing: a module may be larger than the device until it is split, so ``setup_module`` moves it."""
+
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        raise RuntimeError(
+            "ModelParallelStrategy replaces the parameters of the module when it is set up, so an optimizer made "
+            "before would update others. Set the module up first, then create the optimizer from its parameters, then "
+            "set that up: `model = fabric.setup_module(model)`, `optimizer = Adam(model.parameters())`, "
+            "`optimizer = fabric.setup_optimizers(optimizer)`."
+        )
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Collective: call ``parallelize_fn``, then give every rank its part of one set of initial values.
+
+        The values are rank 0's; of parameters on the meta device, those that one process would have made. Nowhere is
+        the whole module allocated for these.
+
+        Raises:
+            TypeError: if what ``parallelize_fn`` returns is no module, has not got ``module`` inside, or uses
+                ``FullyShardedDataParallel``; or if a submodule with meta parameters cannot be initialised.
+            RuntimeError: if gradients of trainable parameters are not averaged over ``"data_parallel"``.
+
+        """
+        self._need_group("setup_module")
+        meta = MetaTensors.of(module)
+        _copy_from_rank_zero(module, self.root_device)
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        parallelized = self._parallelize_fn(module, self.device_mesh)
+        _check_parallelized(parallelized, module)
+        _check_nothing_gets_lost(parallelized, module, shapes)
+        if meta:
+            meta.materialize(module, self.root_device, agree=self.broadcast)
+        _check_gradients_are_averaged(parallelized, self.device_mesh["data_parallel"])  # by what is there now
+        _move_plain_tensors(parallelized, self.root_device)
+        forward_module = _with_hooks_reachable(parallelized, module)
+        self._parallelized[_uncompiled(forward_module)] = _Parallelized.of(forward_module, module)
+        return forward_module
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Check that the parameters are those that set-up modules have now, and that torch can step them together.
+
+        Raises:
+            ValueError: if a parameter is on the meta device or belongs to no module that was set up; or if the fast
+                ways of stepping (``foreach``, ``fused``) were asked for parameters that they cannot take together.
+
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if any(parameter.is_meta for parameter in parameters):
+            raise ValueError(
+                f"{type(optimizer).__name__} has parameters on the meta device, which set-up has replaced. "
+                "Create it after `setup_module`, from the parameters of the module that it returned."
+            )
+        self._show_parts()
+        records = {p: record for module, record in self._parallelized.items() for p in module.parameters()}
+        unknown = [tuple(parameter.shape) for parameter in parameters if parameter not in records]
+        if unknown:
+            raise ValueError(
+                f"{type(optimizer).__name__} has {len(unknown)} parameter(s) that no set-up module has, of shape "
+                f"{', '.join(map(str, unknown[:5]))}. Create it after `setup_module` and before the first forward, "
+                "from the parameters of the module that `setup_module` returned."
+            )
+        is_mixed = _has_mixed_group(optimizer)
+        if isinstance(optimizer, Optimizer):
+            if is_mixed:
+                _OneByOne().attach(optimizer)
+            optimizer.register_step_post_hook(_ShowPartsAfterStep(records[parameter] for parameter in parameters))
+        return optimizer
+
+    def _show_parts(self) -> None:
+        for record in self._parallelized.values():
+            record.show_parts()
+
+    # -- the step
+
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        own = self._module_with_state(module)
+        parameters = self.precision.main_params(optimizer)
+        return clip_norm(parameters, max_norm, norm_type, error_if_nonfinite, describe=own)
+
+    def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
+        clip_value(self.precision.main_params(optimizer), clip_val)
+
+    # -- files
+
+    def save_checkpoint(
+        self,
+        path: _PATH,
+        state: MutableMapping[str, Any],
+        storage_options: Any = None,
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        self._show_parts()
+        _sharded_files.save_checkpoint(
+            self,
+            path,
+            state,
+            sharded=self._save_distributed_checkpoint,
+            storage_options=storage_options,
+            filter=filter,
+        )
+
+    def load_checkpoint(
+        self,
+        path: _PATH,
+        state: nn.Module | Optimizer | MutableMapping[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        self._show_parts()
+        return _sharded_files.load_checkpoint(self, path, state, strict=strict, weights_only=weights_only)
+
+    def _module_with_state(self, module: nn.Module) -> nn.Module:
+        record = self._parallelized.get(_uncompiled(module))
+        return module if record is None else record.own
+
+    def get_module_state_dict(self, module: nn.Module) -> dict[str, Any | Tensor]:
+        """Return ``module``'s state under the user's names: each rank's part; or, for one file, all of it on rank 0.
+
+        Collective with ``save_distributed_checkpoint=False``; the other ranks get an empty dict then.
+        """
+        self._show_parts()
+        module = self._module_with_state(module)
+        if self._save_distributed_checkpoint:
+            return module.state_dict()
+        return _sharded_files.full_module_state(module, rank_zero_only=True)
+
+    def load_module_state_dict(
+        self, module: nn.Module, state_dict: dict[str, Any | Tensor], strict: bool = True
+    ) -> None:
+        """Copy ``state_dict``, of full tensors (the same on every rank) or of parts, into ``module``."""
+        self._show_parts()
+        _sharded_files.load_full_module_state(self._module_with_state(module), state_dict, strict)
+
+    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state in torch's format: each rank's part; or, for one file, all of it on rank 0.
+
+        Collective with ``save_distributed_checkpoint=False``; the other ranks get an empty dict then.
+        """
+        if self._save_distributed_checkpoint:
+            return optimizer.state_dict()
+        return _sharded_files.full_optimizer_state(optimizer, rank_zero_only=True)
+
+    def load_optimizer_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        _sharded_files.load_full_optimizer_state(optimizer, state_dict)
+
+    # -- end
+
+    def teardown(self) -> None:
+        super().teardown()
+        self._device_mesh = None
+
+
+# ---- what a set-up module is -----------------------------------------------------------------------------------------
+
+
+class _ThroughHooks(nn.Module):
+    """Calls ``module``, so that the hooks of its ``forward`` also run around other methods that are routed here."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def _with_hooks_reachable(parallelized: nn.Module, module: nn.Module) -> nn.Module:
+    # `fully_shard` and `replicate` work in place; without their hooks, methods would find parts of parameters
+    in_place = parallelized is module and isinstance(module, (FSDPModule, ReplicatedModule))
+    return _ThroughHooks(module) if in_place else parallelized
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    return getattr(module, "_orig_mod", module)
+
+
+@dataclass
+class _Parallelized:
+    """What is remembered of a module that was set up; it keeps no module alive."""
+
+    _own: "ref[nn.Module]"
+    _synchronised: Sequence["ref[nn.Module]"]
+    synchronises: bool = True
+
+    @classmethod
+    def of(cls, forward_module: nn.Module, own: nn.Module) -> "_Parallelized":
+        kinds = (FSDPModule, ReplicatedModule, DistributedDataParallel)
+        return cls(ref(own), tuple(ref(part) for part in forward_module.modules() if isinstance(part, kinds)))
+
+    @property
+    def own(self) -> nn.Module:
+        module = self._own()
+        if module is None:
+            raise RuntimeError("The module was deleted while its forward module is still in use. Keep a reference.")
+        return module
+
+    def show_parts(self) -> None:
+        """Put split parameters in place of the whole ones that FSDP2 may leave there after a forward, and free these.
+
+        Not during forward or backward.
+        """
+        for part in self._parts():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+    def synchronise(self, on: bool) -> None:
+        """Let backward synchronise gradients, or leave it out."""
+        self.synchronises = on
+        for part in self._parts():
+            if isinstance(part, FSDPModule):
+                part.set_requires_gradient_sync(on, recurse=False)
+            elif isinstance(part, DistributedDataParallel):
+                part.require_backward_grad_sync = on
+            else:
+                part.set_requires_gradient_sync(on)  # type: ignore[operator]
+
+    def _parts(self) -> Iterator[nn.Module]:
+        return (part for reference in self._synchronised if (part := reference()) is not None)
+
+
+class _ShowPartsAfterStep:
+    """Lets no forward use whole parameters from before the step, which a forward without a backward leaves there."""
+
+    def __init__(self, records: Iterable[_Parallelized]) -> None:
+        self._records = {id(record): record for record in records}
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for record in self._records.values():
+            record.show_parts()
+
+
+class _SyncControl(_BackwardSyncControl):
+    def __init__(self, parallelized: MutableMapping[nn.Module, _Parallelized]) -> None:
+        self._parallelized = parallelized
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        if not enabled:
+            return _NO_CONTEXT
+        record = self._parallelized.get(_uncompiled(module))
+        if record is None:
+            raise TypeError(
+                f"`no_backward_sync` needs the module that `setup_module` returned, but got {type(module).__name__}. "
+                "Pass the result of `fabric.setup_module(...)`."
+            )
+        return _NoSync(record)
+
+
+class _NoSync(AbstractContextManager[None]):
+    """Leaves parameters split between micro-batches, as they are between steps: memory comes first."""
+
+    def __init__(self, record: _Parallelized) -> None:
+        self._record = record
+
+    def __enter__(self) -> None:
+        self._before = self._record.synchronises
+        self._record.synchronise(False)
+
+    def __exit__(self, *error: object) -> None:
+        self._record.synchronise(self._before)
+
+
+# ---- what `parallelize_fn` returns -----------------------------------------------------------------------------------
+
+
+def _check_parallelized(parallelized: Any, module: nn.Module) -> None:
+    if not isinstance(parallelized, nn.Module):
+        raise TypeError(
+            f"`parallelize_fn` must return the module, but it returned {parallelized!r}. End it with `return module`."
+        )
+    if any(isinstance(part, FullyShardedDataParallel) for part in parallelized.modules()):
+        raise TypeError(
+            "`parallelize_fn` wraps with `FullyShardedDataParallel`, which does not go together with a device mesh of "
+            "this strategy. Use `torch.distributed.fsdp.fully_shard` in it, or FSDPStrategy without a function."
+        )
+    if not any(part is module for part in parallelized.modules()):
+        raise TypeError(
+            f"`parallelize_fn` returned another {type(parallelized).__name__}, so {type(module).__name__}, which was "
+            "set up, would not be trained. Change the module in place, or return one that has it inside."
+        )
+
+
+def _check_nothing_gets_lost(parallelized: nn.Module, module: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+    by_ddp = {
+        parameter
+        for part in parallelized.modules()
+        if isinstance(part, (DistributedDataParallel, ReplicatedModule))
+        for parameter in part.parameters()
+    }
+    lost = [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter in by_ddp and (isinstance(parameter, DTensor) or parameter.shape != shapes.get(name))
+    ]
+    if lost:
+        raise TypeError(
+            f"`parallelize_fn` splits parameters ({', '.join(map(repr, lost[:10]))}) and then replicates the module "
+            "with `DistributedDataParallel`, in the first forward of which torch takes them out of the module: they "
+            'would be in no checkpoint. Use `fully_shard(module, mesh=device_mesh["data_parallel"])` in its place.'
+        )
+
+
+def _check_gradients_are_averaged(module: nn.Module, data_parallel: DeviceMesh) -> None:
+    if data_parallel.size() == 1:
+        return
+    replicas = set(data_parallel.mesh.flatten().tolist())
+    averaged = set(_averaged_by_ddp(module, replicas))
+    alone = [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and parameter not in averaged and not _is_averaged(parameter, replicas)
+    ]
+    if alone:
+        shown = ", ".join(map(repr, alone[:10])) + (f" and {len(alone) - 10} more" if alone[10:] else "")
+        raise RuntimeError(
+            f"data_parallel_size is {data_parallel.size()}, but nothing averages the gradients of these parameters "
+            f"over the data-parallel ranks, so each would train a model of its own: {shown}. In `parallelize_fn`, "
+            'apply `fully_shard(module, mesh=device_mesh["data_parallel"])` last, freeze them, or register a hook on '
+            "each (`register_post_accumulate_grad_hook`) that averages its gradient."
+        )
+
+
+def _is_averaged(parameter: nn.Parameter, replicas: set[int]) -> bool:
+    if parameter._post_accumulate_grad_hooks or parameter._backward_hooks:
+        return True  # by the user
+    return isinstance(parameter, DTensor) and replicas <= set(parameter.device_mesh.mesh.flatten().tolist())
+
+
+def _averaged_by_ddp(module: nn.Module, replicas: set[int]) -> Iterator[nn.Parameter]:
+    for part in module.modules():
+        if isinstance(part, ReplicatedModule):
+            yield from part.parameters()
+        elif isinstance(part, DistributedDataParallel) and replicas <= _ranks_of(part):
+            named = part.module.named_parameters()
+            yield from (parameter for name, parameter in named if name not in part.parameters_to_ignore)
+
+
+def _ranks_of(module: DistributedDataParallel) -> set[int]:
+    return set(dist.get_process_group_ranks(module.process_group))
+
+
+@torch.no_grad()
+def _copy_from_rank_zero(module: nn.Module, device: torch.device) -> None:
+    """Collective: give every rank the values of rank 0, one tensor at a time on ``device``."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not isinstance(tensor, DTensor) and not tensor.is_meta:
+            sent = tensor.detach().to(device).contiguous()
+            dist.broadcast(sent, 0)
+            if sent.data_ptr() != tensor.data_ptr():
+                tensor.copy_(sent)
+
+
+def _move_plain_tensors(module: nn.Module, device: torch.device) -> None:
+    """Move what was not split; DTensors are where ``parallelize_fn`` wants them."""
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            if not isinstance(parameter, DTensor) and parameter.device != device:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in part.named_buffers(recurse=False):
+            if not isinstance(buffer, DTensor) and buffer.device != device:
+                part._buffers[name] = buffer.to(device)
+
+
+# ---- optimizers over plain tensors and DTensors ----------------------------------------------------------------------
+
+
+def _is_mixed(group: dict[str, Any]) -> bool:
+    return len({isinstance(parameter, DTensor) for parameter in group["params"]}) > 1
+
+
+def _has_mixed_group(optimizer: Optimizer) -> bool:
+    """Return whether a parameter group has plain tensors and DTensors; ``ValueError`` if torch cannot step it."""
+    mixed = {index: group for index, group in enumerate(optimizer.param_groups) if _is_mixed(group)}
+    for index, group in mixed.items():
+        for way in ("foreach", "fused"):
+            if group.get(way):
+                raise ValueError(
+                    f"param_groups[{index}] of {type(optimizer).__name__} has {way}=True, which torch cannot do for "
+                    "split parameters (DTensor) and whole ones (plain tensors) together. Give each kind a group of its "
+                    f"own, or leave `{way}` out."
+                )
+    return bool(mixed)
+
+
+def _takes_foreach_by_default(group: dict[str, Any]) -> bool:
+    return "foreach" in group and group["foreach"] is None and not group.get("fused") and _is_mixed(group)
+
+
+class _OneByOne:
+    """Steps parameters of mixed groups one after the other, where torch would take ``foreach`` by default (on CUDA).
+
+    The choice is taken back after each step, so that it is in no checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._chosen_for: list[dict[str, Any]] = []
+
+    def attach(self, optimizer: Optimizer) -> None:
+        optimizer.register_step_pre_hook(self._choose)
+        optimizer.register_step_post_hook(self._take_back)
+
+    def _choose(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._chosen_for = [group for group in optimizer.param_groups if _takes_foreach_by_default(group)]
+        for group in self._chosen_for:
+            group["foreach"] = False
+
+    def _take_back(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in self._chosen_for:
+            group["foreach"] = None
+
+
+# ---- loss scaling ----------------------------------------------------------------------------------------------------
+
+
+class _AgreedGradScaler(GradScaler):
+    """Looks at plain and split gradients alike; if any rank finds one that is not finite, every rank skips the step.
+
+    Torch's own refuses a mix of both, and asks the other ranks only if the first gradient is split.
+    """
+
+    @classmethod
+    def like(cls, scaler: GradScaler, device: str) -> "_AgreedGradScaler":
+        own = cls(device, enabled=scaler.is_enabled())
+        if scaler.is_enabled():
+            own.load_state_dict(scaler.state_dict())
+        return own
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        """Collective: divide the gradients in place; return per device whether a step is to be skipped, as 0 or 1."""
+        found = {found_inf.device: found_inf}
+        for (device, dtype), grads in _local_gradients(optimizer).items():
+            if dtype is torch.float16 and not allow_fp16:
+                raise ValueError("Attempting to unscale FP16 gradients.")
+            on_device = found.setdefault(device, torch.zeros_like(found_inf, device=device))
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, on_device, inv_scale.to(device))
+        for other in found.values():
+            found_inf.copy_(torch.maximum(found_inf, other.to(found_inf.device)))
+        dist.all_reduce(found_inf, dist.ReduceOp.MAX)
+        for other in found.values():
+            other.copy_(found_inf)
+        return found
+
+
+def _local_gradients(optimizer: Optimizer) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    gradients: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            summed = _summed(parameter.grad)
+            if summed is not parameter.grad:
+                parameter.grad = summed
+            part = local_tensor(summed)
+            part = part._values() if part.is_sparse else part
+            gradients.setdefault((part.device, part.dtype), []).append(part)
+    return gradients
