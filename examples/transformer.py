@@ -202,8 +202,8 @@ def train(fabric: Fabric, args: argparse.Namespace, way: Way) -> list[float]:
 
 
 def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    # Adam divides a gradient by its own size plus `eps`. Where a gradient is next to nothing, what is divided is rounding
-    # errors (1e-9), which depend on the order of a sum, so on the number of ranks. This `eps` keeps them small.
+    # Adam divides a gradient by its own size plus `eps`. A gradient next to nothing is rounding errors (1e-9), which
+    # depend on the order of a sum and so on the number of ranks. With this `eps` they stay as small as they are.
     return torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-6)
 
 

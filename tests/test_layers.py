@@ -31,6 +31,8 @@ ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 SHARDED = {
     "plugins.precision.fsdp",
     "strategies._dtensor",
+    "strategies._fsdp_module",
+    "strategies._fsdp_options",
     "strategies._materialize",
     "strategies._sharded_files",
     "strategies._wrap_policy",

@@ -35,9 +35,11 @@ from lightning.fabric.plugins.precision.double import DoublePrecision
 from lightning.fabric.plugins.precision.fsdp import FSDPPrecision
 from lightning.fabric.plugins.precision.half import HalfPrecision
 from lightning.fabric.plugins.precision.precision import Precision
-from lightning.fabric.strategies.fsdp import Casting, FSDPStrategy
+from lightning.fabric.strategies._fsdp_options import Casting
+from lightning.fabric.strategies.fsdp import FSDPStrategy
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.fabric.testing import on_ranks, preload
+from lightning.fabric.wrappers import _FabricModule
 
 preload("torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint")
 
@@ -595,12 +597,13 @@ class TestAfterAnError:
         optimizer.zero_grad()
         self._assert_as_alone(one_rank, forward)
 
-    def test_an_accumulation_that_is_given_up(self, one_rank: FSDPStrategy) -> None:
+    @pytest.mark.parametrize("by", ["optimizer", "module"])
+    def test_an_accumulation_that_is_given_up(self, one_rank: FSDPStrategy, by: str) -> None:
         forward = one_rank.setup_module(_model())
         optimizer = one_rank.setup_optimizer(torch.optim.SGD(forward.parameters(), lr=0.1))
         with one_rank._backward_sync_control.no_backward_sync(forward, enabled=True):
             one_rank.backward(forward(_batch(5)[0]).sum(), forward)
-        optimizer.zero_grad()
+        (optimizer if by == "optimizer" else _FabricModule(forward, one_rank, forward.module)).zero_grad()
         self._assert_as_alone(one_rank, forward)
 
 

@@ -6,12 +6,14 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from tests.xla_stand_in import batches, install, xla  # noqa: F401
 from torch import nn
 
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.xla_fsdp import XLAFSDPStrategy, _activation_checkpointing_auto_wrapper
 from lightning.fabric.testing import on_ranks, preload
+from lightning.fabric.testing.contract import STRATEGY_CHECKS, check_strategy
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 preload("torch.distributed.fsdp", "lightning.fabric.strategies.xla_fsdp")
@@ -294,8 +296,13 @@ class TestOnOneDevice:
         fabric.save(tmp_path / "x", {"model": model})
         with pytest.raises(ValueError, match="Pass the folder"):
             fabric.load(next((tmp_path / "x").iterdir()), {"model": model})
+        (file,) = (tmp_path / "x").iterdir()
+        file.rename(tmp_path / "x" / "checkpoint_rank-00000001-of-00000002.pth")
+        with pytest.raises(ValueError, match="for each rank, but has 1"):
+            fabric.load(tmp_path / "x", {"model": model})
+        fabric.save(tmp_path / "y", {"model": model})
         with pytest.raises(KeyError, match="missing"):
-            fabric.load(tmp_path / "x", {"model": model, "missing": 1})
+            fabric.load(tmp_path / "y", {"model": model, "missing": 1})
         with pytest.raises(ValueError, match="Linear is not a module that XLAFSDPStrategy has set up"):
             strategy.get_module_state_dict(nn.Linear(1, 1))
 
@@ -421,11 +428,11 @@ def _save(fabric, path, model, optimizer):
     fabric.save(path, {"model": model, "optimizer": optimizer, "rank": fabric.global_rank})
 
 
-def _check_loaded(fabric, path, ranks_saved):
+def _check_loaded(fabric, path):
     module = _model(seed=1)
     model, optimizer = fabric.setup(module, _optimizer(module))
     rest = fabric.load(path, {"model": model, "optimizer": optimizer})
-    assert rest == {"rank": fabric.global_rank if ranks_saved else 0}
+    assert rest == {"rank": 0}
     plain, plain_optimizer = _plain()
     _assert_same(_whole(fabric, model), plain)
     whole = optimizer.state_dict()
@@ -448,8 +455,8 @@ def _save_and_load(devices, folder):
         _save(each, folder / name, *_train(each))
     for name, each in {"folder": fabric, "in turn": in_turn}.items():
         assert not (folder / name / "checkpoint_rank-00000002-of-00000003.pth").exists()
-        _check_loaded(each, folder / name, ranks_saved=True)
-    _check_loaded(fabric, folder / "file", ranks_saved=False)
+        _check_loaded(each, folder / name)
+    _check_loaded(fabric, folder / "file")
     if fabric.is_global_zero:
         name = "checkpoint_rank-00000001-of-00000002.pth"
         (folder / "mixed").mkdir()
@@ -462,7 +469,7 @@ def _save_and_load(devices, folder):
 def _load_by_more(devices, folder):
     fabric = _fabric(devices)
     for name in ("folder", "in turn", "file"):
-        _check_loaded(fabric, folder / name, ranks_saved=False)
+        _check_loaded(fabric, folder / name)
     _check_mixed(fabric, folder / "mixed")
 
 
@@ -492,3 +499,38 @@ def _initialise(devices):
 def test_ranks_with_different_seeds_initialise_one_model():
     for state in _on_ranks(2, _initialise):
         torch.testing.assert_close(state, dict(_model(seed=3).state_dict()), rtol=0, atol=0)
+
+
+class OnStandIn(XLAFSDPStrategy):
+    """Lets the processes of the stand-in part."""
+
+    def teardown(self):
+        super().teardown()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _sharded():
+    if "RANK" in os.environ:
+        install()
+    return OnStandIn()
+
+
+def _full():
+    if "RANK" in os.environ:
+        install()
+    return OnStandIn(state_dict_type="full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [_sharded, _full])
+def test_the_contract_of_strategies_is_kept(strategy):
+    check_strategy(strategy, accelerator="tpu", checks=CHECKS, tolerance=1e-5, tolerance_alone=1e-6)
+
+
+CHECKS = [
+    check
+    for check in STRATEGY_CHECKS
+    # these ask the wrapper for parameters, which the user's own module has no more
+    if check.__name__ not in ("sets_up_jointly_and_separately_alike", "keeps_the_names_of_the_model")
+]

@@ -235,6 +235,10 @@ class _FabricModule(_DeviceDtypeModuleMixin):
         """Compile in place what the strategy calls."""
         self._forward_module.compile(*args, **kwargs)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients, wherever the strategy keeps them."""
+        self._forward_module.zero_grad(set_to_none)
+
     def apply(self, fn: Callable[[nn.Module], None]) -> "_FabricModule":
         """Apply ``fn`` to the original module and everything in it."""
         self._original_module.apply(fn)

@@ -245,7 +245,10 @@ def load_optimizer(
 
 
 def metadata_of(root: nn.Module, parameters: Mapping[str, Sequence[str | None]], save: str) -> dict[str, Any]:
-    """Return what describes a rank's file: torch_xla's part, each optimizer's parameters, and which save it is of."""
+    """Return what describes a rank's file: torch_xla's part, and which save it is of.
+
+    ``parameters`` has the state's keys of what is in parts; for optimizers, with the keys of their parameters.
+    """
     return {**root.get_shard_metadata(), "parameters": dict(parameters), "save": save}  # type: ignore[operator]
 
 

@@ -325,7 +325,7 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
             "WORLD_SIZE": str(self.world_size),
             "DS_ACCELERATOR": self.root_device.type,
         }
-        self._variables_before = {name: os.environ.get(name) for name in wanted}
+        self._variables_before = self._variables_before or {name: os.environ.get(name) for name in wanted}
         os.environ.update(wanted)
 
     def _restore_variables(self) -> None:

@@ -1,19 +1,16 @@
 """Share parameters, gradients and optimizer state out over the ranks.    torch: fully_shard (FSDP2), DeviceMesh"""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable.checkpoint_activation import checkpoint
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import (
     BackwardPrefetch,
@@ -29,7 +26,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -41,16 +37,27 @@ from lightning.fabric.plugins.precision.fsdp import FSDPPrecision
 from lightning.fabric.plugins.precision.precision import Precision
 from lightning.fabric.strategies import _sharded_files
 from lightning.fabric.strategies._dtensor import clip_norm, clip_value, shard_optimizer_state, sync_from_rank_zero
+from lightning.fabric.strategies._fsdp_module import FSDPBackwardSync, FSDPRoot, ReshardAfterStep, ZeroGrad
+from lightning.fabric.strategies._fsdp_options import (
+    Casting,
+    FSDPOptions,
+    Layout,
+    check_device,
+    choice_to_checkpoint,
+    mixed_precision_of,
+    offload_of,
+    sharding_strategy_of,
+    when_to_reshard,
+)
 from lightning.fabric.strategies._materialize import MetaTensors
-from lightning.fabric.strategies._wrap_policy import Choice, Tie, choice_of, modules_to_checkpoint, units_to_shard
+from lightning.fabric.strategies._wrap_policy import Tie, choice_of, modules_to_checkpoint, units_to_shard
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.fabric.strategies.parallel import ParallelStrategy
-from lightning.fabric.strategies.strategy import _NO_CONTEXT, Strategy, _BackwardSyncControl, _Sharded
+from lightning.fabric.strategies.strategy import Strategy, _Sharded
 from lightning.fabric.utilities.init import _has_meta_device_parameters_or_buffers
 from lightning.fabric.utilities.init_tape import recording_init
 from lightning.fabric.utilities.optimizer import parameter_names, repoint_optimizers
-from lightning.fabric.utilities.rank_zero import rank_zero_deprecation, rank_zero_warn
-from lightning.fabric.utilities.text import did_you_mean
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.types import _PATH
 
 _Policy: TypeAlias = (
@@ -58,257 +65,6 @@ _Policy: TypeAlias = (
 )
 _StateDictType = Literal["sharded", "full"]
 _PRECISIONS = frozenset({"32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"})
-_HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
-_MESH_AXES = ("replicate", "shard")
-
-
-# ---- what the user wants: decided when the strategy is made ----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FSDPOptions:
-    """What the user wants of ``fully_shard``; and options of its predecessor, as far as they mean something here.
-
-    ``ignored_modules`` and ``ignored_params`` (``ignored_states``: of either kind) stay whole on every rank, and their
-    gradients stay the rank's own. ``param_init_fn(submodule)`` fills a submodule whose parameters were created on the
-    meta device. ``forward_prefetch`` asks for the next unit's parameters while a unit runs; ``backward_prefetch=None``
-    asks for nothing in advance.
-    """
-
-    process_group: Any = None
-    ignored_modules: tuple[nn.Module, ...] = ()
-    ignored_params: tuple[nn.Parameter, ...] = ()
-    param_init_fn: Callable[[nn.Module], None] | None = None
-    device_id: int | torch.device | None = None
-    sync_module_states: bool = True
-    forward_prefetch: bool = False
-    backward_prefetch: BackwardPrefetch | None = BackwardPrefetch.BACKWARD_PRE
-    reshard_after_forward: bool | int | None = None
-    shard_placement_fn: Callable[[nn.Parameter], Any] | None = None
-    mp_policy: MixedPrecisionPolicy | None = None
-    offload_policy: OffloadPolicy | None = None
-
-    @classmethod
-    def from_keywords(cls, keywords: Mapping[str, Any]) -> "FSDPOptions":
-        """Sort ``keywords`` into the record; an unknown one raises ``TypeError``, one that cannot be ``ValueError``."""
-        wanted = dict(keywords)
-        for name, (only, why) in _WITHOUT_CHOICE.items():
-            if name in wanted and wanted.pop(name) is not only:
-                raise ValueError(f"`{name}={keywords[name]!r}` is not possible: {why} Leave it out.")
-        states = list(wanted.pop("ignored_states", None) or ())
-        modules = [*(wanted.pop("ignored_modules", None) or ()), *(s for s in states if isinstance(s, nn.Module))]
-        parameters = [*(wanted.pop("ignored_params", None) or ()), *(s for s in states if isinstance(s, Tensor))]
-        known = [field.name for field in fields(cls)]
-        for name in wanted:
-            if name not in known:
-                raise TypeError(_unknown_keyword(name, [*known, "ignored_states", *_WITHOUT_CHOICE]))
-        return cls(**wanted, ignored_modules=tuple(modules), ignored_params=tuple(parameters))
-
-    def parameters_to_ignore(self) -> set[nn.Parameter]:
-        """All parameters that stay whole."""
-        return {*self.ignored_params, *(parameter for part in self.ignored_modules for parameter in part.parameters())}
-
-
-_WITHOUT_CHOICE: dict[str, tuple[bool, str]] = {
-    "use_orig_params": (True, "parameters keep their names and shapes always, they are never flattened together."),
-    "limit_all_gathers": (True, "memory for gathered parameters is limited always."),
-}
-_DECIDED_HERE = {
-    "module": "it is what `fabric.setup` gets",
-    "mesh": "pass `device_mesh`",
-    "device_type": "it follows from the accelerator",
-}
-
-
-def _unknown_keyword(name: str, known: list[str]) -> str:
-    if name in _DECIDED_HERE:
-        return f"`{name}` cannot be passed to FSDPStrategy: {_DECIDED_HERE[name]}."
-    return f"FSDPStrategy has no option {name!r}.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}."
-
-
-def _sharding_strategy(given: Any) -> ShardingStrategy:
-    if isinstance(given, ShardingStrategy):
-        return given
-    known = {strategy.name: strategy for strategy in ShardingStrategy}
-    if isinstance(given, str) and given.upper() in known:
-        return known[given.upper()]
-    hint = did_you_mean(given, known) if isinstance(given, str) else ""
-    raise ValueError(f"Unknown sharding_strategy {given!r}.{hint} Known: {', '.join(known)}.")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Over which ranks parameters are shared out, and over which they are repeated; checked as far as it can be."""
-
-    strategy: ShardingStrategy
-    sizes: tuple[int, ...] | None = None
-    mesh: DeviceMesh | None = None
-    process_group: Any = None
-
-    @classmethod
-    def of(cls, strategy: ShardingStrategy, device_mesh: Any, process_group: Any, has_policy: bool) -> "Layout":
-        """Check what the user passed, and return the record.
-
-        Raises:
-            ValueError: if the arguments contradict each other.
-            RuntimeError: if a hybrid strategy is not told how many ranks share, and which are repeated.
-            TypeError: if ``device_mesh`` or ``process_group`` is something else.
-
-        """
-        if device_mesh is not None and process_group is not None:
-            raise ValueError(
-                "`device_mesh` and `process_group` both say which ranks share parameters. Keep one of them."
-            )
-        if strategy in _HYBRID and device_mesh is None and process_group is None and not has_policy:
-            raise RuntimeError(
-                f"sharding_strategy={strategy.name!r} shares parameters out within a group of ranks and repeats them "
-                "over such groups, so it needs to know the groups or the units. Pass one of `device_mesh` (such as "
-                "`(2, 4)`: 2 groups of 4 ranks), `process_group` or `auto_wrap_policy`."
-            )
-        ndim = _ndim_of_mesh(device_mesh)
-        _check_groups(strategy, process_group)
-        if ndim is not None and ndim != (2 if strategy in _HYBRID else 1):
-            raise ValueError(
-                f"device_mesh={device_mesh!r} has {ndim} dimension(s), but sharding_strategy={strategy.name!r} needs "
-                + ("two: (groups, ranks per group)." if strategy in _HYBRID else "one: (ranks,).")
-                + (" To repeat over the first and share over the second, use 'HYBRID_SHARD'." if ndim == 2 else "")
-            )
-        mesh = device_mesh if isinstance(device_mesh, DeviceMesh) else None
-        sizes = None if device_mesh is None or mesh is not None else tuple(device_mesh)
-        return cls(strategy, sizes, mesh, process_group)
-
-    def build(self, device_type: str, num_nodes: int, num_processes: int) -> DeviceMesh:
-        """Collective: make the mesh; of one axis ``"shard"``, or of ``("replicate", "shard")``.
-
-        Raises:
-            ValueError: if it is not for as many ranks as there are.
-
-        """
-        world = num_nodes * num_processes
-        if self.process_group is not None:
-            return _mesh_of_groups(self.process_group, device_type)
-        sizes = self.sizes or (None if self.mesh is None else tuple(self.mesh.shape))
-        if sizes is not None and math.prod(sizes) != world:
-            raise ValueError(
-                f"device_mesh={sizes} is for {math.prod(sizes)} processes, but there are {world} ({num_nodes} "
-                f"machine(s) with {num_processes} each). Make the product of its sizes {world}."
-            )
-        if self.mesh is not None:
-            return self._with_axes(self.mesh, device_type)
-        if self.strategy is ShardingStrategy.NO_SHARD:
-            sizes = (world, 1)
-        elif sizes is None:
-            sizes = (num_nodes, num_processes) if self.strategy in _HYBRID else (world,)
-        return init_device_mesh(device_type, sizes, mesh_dim_names=_MESH_AXES[-len(sizes) :])
-
-    def _with_axes(self, mesh: DeviceMesh, device_type: str) -> DeviceMesh:
-        if mesh.device_type != device_type:
-            raise ValueError(
-                f"device_mesh is of {mesh.device_type!r} devices, but the strategy runs on {device_type!r}. "
-                "Pass the sizes alone, as a tuple."
-            )
-        ranks = mesh.mesh
-        if self.strategy is ShardingStrategy.NO_SHARD:
-            return DeviceMesh(device_type, ranks.reshape(-1, 1), mesh_dim_names=_MESH_AXES)
-        if mesh.mesh_dim_names is None:  # torch wants names for two dimensions
-            return DeviceMesh(device_type, ranks, mesh_dim_names=_MESH_AXES[-mesh.ndim :])
-        return mesh
-
-
-def _ndim_of_mesh(device_mesh: Any) -> int | None:
-    if device_mesh is None:
-        return None
-    if isinstance(device_mesh, DeviceMesh):
-        return device_mesh.ndim
-    if isinstance(device_mesh, (tuple, list)) and all(type(size) is int and size > 0 for size in device_mesh):
-        return len(device_mesh)
-    raise TypeError(
-        f"`device_mesh` must be a tuple of sizes, such as (2, 4), or a DeviceMesh, but got {device_mesh!r}."
-    )
-
-
-def _check_groups(strategy: ShardingStrategy, process_group: Any) -> None:
-    if process_group is None:
-        return
-    is_pair = isinstance(process_group, (tuple, list))
-    if strategy is ShardingStrategy.NO_SHARD:
-        raise ValueError(
-            "sharding_strategy='NO_SHARD' averages gradients over all ranks and takes no `process_group`. Leave it out."
-        )
-    if is_pair != (strategy in _HYBRID) or (is_pair and len(process_group) != 2):
-        needs = "two groups, (the one to share in, the one to repeat over)" if strategy in _HYBRID else "one group"
-        raise ValueError(f"sharding_strategy={strategy.name!r} needs {needs}, but got process_group={process_group!r}.")
-    for group in process_group if is_pair else (process_group,):
-        if not isinstance(group, dist.ProcessGroup):
-            raise TypeError(f"`process_group` must be made of process groups, but got {group!r}.")
-
-
-def _mesh_of_groups(process_group: Any, device_type: str) -> DeviceMesh:
-    if not isinstance(process_group, (tuple, list)):
-        return DeviceMesh.from_group(process_group, device_type, mesh_dim_names=("shard",))
-    share, repeat = process_group
-    rows: list[Any] = [None] * dist.get_world_size(repeat)
-    dist.all_gather_object(rows, dist.get_process_group_ranks(share), group=repeat)
-    return DeviceMesh.from_group(
-        [repeat, share], device_type, mesh=torch.tensor(rows, dtype=torch.int), mesh_dim_names=_MESH_AXES
-    )
-
-
-@dataclass(frozen=True)
-class Casting:
-    """Where dtypes change. ``output_dtype`` is with the whole only: a unit's output is the next one's input.
-
-    Batch norms of ``uncast`` classes compute in the dtype they are stored in, as do all their statistics.
-    """
-
-    whole: MixedPrecisionPolicy
-    unit: MixedPrecisionPolicy
-    buffers: torch.dtype | None = None
-    uncast: tuple[type[nn.Module], ...] = (_BatchNorm,)
-
-    @classmethod
-    def of(cls, given: MixedPrecision | MixedPrecisionPolicy | None, precision: Precision) -> "Casting":
-        """Return what ``given`` says, or else what ``precision`` says."""
-        if isinstance(given, MixedPrecision):
-            return cls._of_predecessor(given)
-        if given is not None:
-            return cls._of_policy(given)
-        if not isinstance(precision, FSDPPrecision) or precision.precision == "32-true":
-            return cls._of_policy(MixedPrecisionPolicy())  # a module that is stored in other dtypes computes in them
-        dtypes = precision.dtypes
-        if precision.autocasts:
-            plain = MixedPrecisionPolicy(reduce_dtype=dtypes.reduce, cast_forward_inputs=False)
-            return cls(plain, plain, dtypes.buffer)
-        # what is returned is cast by the precision
-        plain = MixedPrecisionPolicy(param_dtype=dtypes.param, reduce_dtype=dtypes.reduce)
-        return cls(plain, plain, dtypes.buffer, uncast=())
-
-    @classmethod
-    def _of_policy(cls, policy: MixedPrecisionPolicy) -> "Casting":
-        whole = policy
-        if policy.param_dtype is not None and policy.output_dtype is None:
-            whole = replace(policy, output_dtype=torch.get_default_dtype())
-        return cls(whole, replace(policy, output_dtype=None))
-
-    @classmethod
-    def _of_predecessor(cls, given: MixedPrecision) -> "Casting":
-        if given.keep_low_precision_grads:
-            raise ValueError(
-                "`MixedPrecision(keep_low_precision_grads=True)` is not possible: gradients have the dtype of the "
-                "parameters that the optimizer updates. Leave it out, or store parameters in 16 bit: "
-                "precision='bf16-true'."
-            )
-        reduce_dtype = given.reduce_dtype or given.param_dtype
-        unit = MixedPrecisionPolicy(given.param_dtype, reduce_dtype, cast_forward_inputs=given.cast_forward_inputs)
-        whole = cls._of_policy(replace(unit, cast_forward_inputs=given.cast_root_forward_inputs)).whole
-        return cls(whole, unit, given.buffer_dtype, tuple(given._module_classes_to_ignore))
-
-    def of_uncast(self, stored: torch.dtype) -> MixedPrecisionPolicy:
-        """For a unit that computes in ``stored`` between others that do not."""
-        return MixedPrecisionPolicy(stored, output_dtype=self.unit.param_dtype)
-
-
-# ---- the strategy ----------------------------------------------------------------------------------------------------
 
 
 class FSDPStrategy(ParallelStrategy, _Sharded):
@@ -374,18 +130,18 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
         self._timeout = timeout
         self._state_dict_type: _StateDictType = state_dict_type
         self._options = options = FSDPOptions.from_keywords(kwargs)
-        self._sharding_strategy = _sharding_strategy(sharding_strategy)
+        self._sharding_strategy = sharding_strategy_of(sharding_strategy)
         self._layout = Layout.of(self._sharding_strategy, device_mesh, options.process_group, bool(auto_wrap_policy))
-        self._reshard_after_forward = _reshard_after_forward(self._sharding_strategy, options)
-        self._offload = _offload(cpu_offload, options.offload_policy)
-        self._mixed_precision = _mixed_precision(mixed_precision, options.mp_policy)
+        self._reshard_after_forward = when_to_reshard(self._sharding_strategy, options)
+        self._offload = offload_of(cpu_offload, options.offload_policy)
+        self._mixed_precision = mixed_precision_of(mixed_precision, options.mp_policy)
         self._units = choice_of(auto_wrap_policy, "auto_wrap_policy")
-        self._to_checkpoint = _choice_to_checkpoint(activation_checkpointing, activation_checkpointing_policy)
+        self._to_checkpoint = choice_to_checkpoint(activation_checkpointing, activation_checkpointing_policy)
         self._device_mesh: DeviceMesh | None = None
-        self._roots: WeakSet[_FSDPRoot] = WeakSet()
+        self._roots: WeakSet[FSDPRoot] = WeakSet()
         self._replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters as they were before
         self._known_optimizers: WeakKeyDictionary[Optimizer, None] = WeakKeyDictionary()
-        self._backward_sync_control = _FSDPBackwardSync()
+        self._backward_sync_control = FSDPBackwardSync()
 
     # -- parts
 
@@ -441,7 +197,7 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
 
     def setup_environment(self) -> None:
         device = self.root_device
-        _check_device(self._options.device_id, device)
+        check_device(self._options.device_id, device)
         backend = self._process_group_backend
         if backend is None and self._offload is not None and device.type == "cuda":
             backend = "cpu:gloo,cuda:nccl"  # what waits in CPU memory is talked about from there
@@ -521,11 +277,11 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
             checkpoint(part, context_fn=_same_default_dtype)  # keeps names and objects, unlike torch's wrapper
         for unit, policy in policies.items():
             self._shard_unit(unit, policy, ignored)
-        root = _FSDPRoot(module)
+        root = FSDPRoot(module)
         self._shard_unit(root, casting.whole, ignored)
         if meta:
             device = torch.device("cpu") if self._offload is not None else self.root_device
-            meta.materialize(module, device, agree=self.broadcast, param_init_fn=self._options.param_init_fn)
+            meta.materialize(root, device, agree=self.broadcast, param_init_fn=self._options.param_init_fn)
         _place_plain_tensors(module, self.root_device, casting)
         self._prefetch(root)
 
@@ -564,7 +320,7 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
         # memory can be pinned only for an accelerator
         return CPUOffloadPolicy(pin_memory=self._offload.pin_memory and self.root_device.type != "cpu")
 
-    def _prefetch(self, root: "_FSDPRoot") -> None:
+    def _prefetch(self, root: "FSDPRoot") -> None:
         units = root.units()
         if self._options.forward_prefetch:
             for unit, following in pairwise(units):
@@ -598,11 +354,11 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
         if optimizer not in self._known_optimizers:
             self._known_optimizers[optimizer] = None
             roots = self._roots_of(parameters)
-            optimizer.register_step_post_hook(_ReshardAfterStep(roots))
-            optimizer.zero_grad = _ZeroGrad(optimizer.zero_grad, roots)  # type: ignore[method-assign]
+            optimizer.register_step_post_hook(ReshardAfterStep(roots))
+            optimizer.zero_grad = ZeroGrad(optimizer.zero_grad, roots)  # type: ignore[method-assign]
         return optimizer
 
-    def _roots_of(self, parameters: set[Tensor]) -> "WeakSet[_FSDPRoot]":
+    def _roots_of(self, parameters: set[Tensor]) -> "WeakSet[FSDPRoot]":
         return WeakSet(root for root in self._roots if not parameters.isdisjoint(root.module.parameters()))
 
     # -- the step
@@ -657,7 +413,7 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
         return _sharded_files.load_checkpoint(self, path, state, strict=strict, weights_only=weights_only)
 
     def _module_with_state(self, module: nn.Module) -> nn.Module:
-        own = module.module if isinstance(module, _FSDPRoot) else module
+        own = module.module if isinstance(module, FSDPRoot) else module
         return getattr(own, "_orig_mod", own)
 
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any | Tensor]:
@@ -708,194 +464,6 @@ def _can_shard(precision: Precision | None) -> Precision | None:
         f"FSDPStrategy cannot compute with {type(precision).__name__} (precision={precision.precision!r}). "
         f"Use `FSDPPrecision`, for one of: {', '.join(sorted(_PRECISIONS))}."
     )
-
-
-def _reshard_after_forward(strategy: ShardingStrategy, options: FSDPOptions) -> bool | int | None:
-    """Whether a unit is whole only while it runs; None: so, except what is outside of all units."""
-    given = options.reshard_after_forward
-    if strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD):
-        return given
-    if given:
-        raise ValueError(
-            f"reshard_after_forward={given!r} contradicts sharding_strategy={strategy.name!r}, under which parameters "
-            "stay whole until backward is done. Keep one of them."
-        )
-    return False
-
-
-def _offload(given: Any, policy: OffloadPolicy | None) -> CPUOffloadPolicy | None:
-    if given is not None and policy is not None:
-        raise ValueError("`cpu_offload` and `offload_policy` say the same. Keep one of them.")
-    given = policy if policy is not None else given
-    if isinstance(given, CPUOffload):
-        given = given.offload_params
-    if isinstance(given, CPUOffloadPolicy):
-        return given
-    if given is None or isinstance(given, (bool, OffloadPolicy)):
-        return CPUOffloadPolicy() if given is True else None
-    raise TypeError(f"`cpu_offload` must be a bool, `CPUOffload` or `CPUOffloadPolicy`, but got {given!r}.")
-
-
-def _mixed_precision(given: Any, policy: MixedPrecisionPolicy | None) -> MixedPrecision | MixedPrecisionPolicy | None:
-    if given is not None and policy is not None:
-        raise ValueError("`mixed_precision` and `mp_policy` say the same. Keep one of them.")
-    given = policy if policy is not None else given
-    if given is not None and not isinstance(given, (MixedPrecision, MixedPrecisionPolicy)):
-        raise TypeError(
-            "`mixed_precision` must be a `MixedPrecision` or `MixedPrecisionPolicy` of `torch.distributed.fsdp`, but "
-            f"got {given!r}. For a precision by its name, use `Fabric(precision=...)`."
-        )
-    Casting.of(given, Precision())  # what cannot be is refused now
-    return given
-
-
-def _choice_to_checkpoint(deprecated: Any, policy: Any) -> Choice | None:
-    if deprecated is None:
-        return choice_of(policy, "activation_checkpointing_policy")
-    if policy is not None:
-        raise ValueError(
-            "`activation_checkpointing` and `activation_checkpointing_policy` say the same. Keep the latter."
-        )
-    rank_zero_deprecation(
-        "`FSDPStrategy(activation_checkpointing=...)` is deprecated. Please use `activation_checkpointing_policy=`."
-    )
-    return choice_of(deprecated, "activation_checkpointing")
-
-
-def _check_device(device_id: int | torch.device | None, device: torch.device) -> None:
-    if device_id is None:
-        return
-    given = torch.device("cuda", device_id) if isinstance(device_id, int) else torch.device(device_id)
-    if given.type != device.type or (given.index is not None and given.index != device.index):
-        raise ValueError(
-            f"device_id={device_id!r} is not the device of this process, which is {device}. Leave it out: it follows "
-            "from the accelerator and `devices`."
-        )
-
-
-# ---- what a set-up module is -----------------------------------------------------------------------------------------
-
-
-class _FSDPRoot(nn.Module):
-    """The user's module inside; calling this one is what makes parameters whole.
-
-    As another object than the user's module, it lets the user's methods run under it, and call the module themselves.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.training = module.training
-        self._units: list[FSDPModule] = []
-        self.unsynced_depth = 0
-        self.has_unsynced_gradients = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.module(*args, **kwargs)
-        try:
-            return self.module(*args, **kwargs)
-        except BaseException:
-            self.abandon_step()
-            raise
-
-    def units(self) -> list[FSDPModule]:
-        """Itself and the units inside, outer ones first."""
-        if not self._units:
-            self.__dict__["_units"] = [part for part in self.modules() if isinstance(part, FSDPModule)]
-        return self._units
-
-    def reshard_all(self) -> None:
-        """Show this rank's part of every parameter, and free what was gathered. Not during forward or backward."""
-        for unit in self.units():
-            unit.reshard()
-
-    def abandon_step(self) -> None:
-        """Be as before the forward, which did not come to its end; else torch would leave gradients out of the next."""
-        reset = getattr(FSDPModule, "reset_iter_state", None)  # from torch 2.13 on
-        if reset is not None:
-            reset(self)
-
-    def drop_unsynced_gradients(self) -> None:
-        """Forget what has piled up whole on this rank."""
-        for unit in self.units():
-            for group in _groups(unit):
-                group._partial_reduce_output = None
-                for parameter in group.fsdp_params:
-                    parameter.unsharded_accumulated_grad = None
-                    if hasattr(parameter, "_unsharded_param"):  # it was whole at least once
-                        parameter._unsharded_param.grad = None
-
-
-def _groups(unit: FSDPModule) -> list[Any]:
-    """What torch keeps of the parameters of ``unit``."""
-    state = unit._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return state._fsdp_param_groups
-    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []  # before torch 2.13
-
-
-class _ReshardAfterStep:
-    """Lets no forward see parameters that were gathered before the step, as in a look at samples between the two."""
-
-    def __init__(self, roots: "WeakSet[_FSDPRoot]") -> None:
-        self._roots = roots
-
-    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for root in self._roots:
-            root.reshard_all()
-
-
-class _ZeroGrad:
-    """``Optimizer.zero_grad`` that reaches gradients which were not synchronised, so are in no parameter's ``grad``."""
-
-    def __init__(self, zero_grad: Callable[..., None], roots: "WeakSet[_FSDPRoot]") -> None:
-        self._zero_grad = zero_grad
-        self._roots = roots
-
-    def __call__(self, set_to_none: bool = True) -> None:
-        self._zero_grad(set_to_none)
-        for root in self._roots:
-            if root.has_unsynced_gradients:
-                root.__dict__["has_unsynced_gradients"] = False
-                root.drop_unsynced_gradients()
-
-
-class _FSDPBackwardSync(_BackwardSyncControl):
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-        if not enabled:
-            return _NO_CONTEXT
-        root = module if isinstance(module, _FSDPRoot) else getattr(module, "_orig_mod", module)
-        if not isinstance(root, _FSDPRoot):
-            raise TypeError(
-                f"`no_backward_sync` needs the module that `setup_module` returned, but got {type(module).__name__}. "
-                "Pass the result of `fabric.setup(...)`."
-            )
-        return _NoSync(root)
-
-
-class _NoSync(AbstractContextManager[None]):
-    """Inside, gradients pile up whole on each rank; the next backward outside of it adds them up over the ranks."""
-
-    def __init__(self, root: _FSDPRoot) -> None:
-        self._root = root
-
-    def __enter__(self) -> None:
-        state = self._root.__dict__  # setting an attribute of a module takes microseconds
-        state["unsynced_depth"] += 1
-        state["has_unsynced_gradients"] = True
-        if state["unsynced_depth"] == 1:
-            self._synchronise(False)
-
-    def __exit__(self, *error: object) -> None:
-        state = self._root.__dict__
-        state["unsynced_depth"] -= 1
-        if state["unsynced_depth"] == 0:
-            self._synchronise(True)
-
-    def _synchronise(self, on: bool) -> None:
-        for unit in self._root.units():
-            unit.set_requires_gradient_sync(on, recurse=False)
 
 
 # ---- parts of set-up -------------------------------------------------------------------------------------------------

@@ -270,8 +270,9 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
     ) -> None:
         """Collective: write a folder with a file per rank, or one file, as ``state_dict_type`` says.
 
-        The file for rank 1 of 4 is ``checkpoint_rank-00000001-of-00000004.pth``. With the module under the key
-        ``"model"``, ``python -m torch_xla.distributed.fsdp.consolidate_sharded_ckpts`` makes one file of them.
+        In a folder, what is in no parts is in the file of rank 0. The file for rank 1 of 4 is
+        ``checkpoint_rank-00000001-of-00000004.pth``. With the module under the key ``"model"``,
+        ``python -m torch_xla.distributed.fsdp.consolidate_sharded_ckpts`` makes one file of them.
         """
         import torch_xla
 
@@ -304,32 +305,41 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
         return obj.state_dict() if callable(getattr(obj, "state_dict", None)) else obj
 
     def _save_folder(self, path: _PATH, state: Mapping[str, Any], root: nn.Module) -> None:
-        own, parameters = {}, {}
+        own: dict[str, Any] = {}
+        parameters: dict[str, list[str | None]] = {}
+        whole: dict[str, Any] = {}
         names = {part: name for name, part in Layout.of(root).parts_by_key(root).items()}
         for key, obj in state.items():
             if self._is_set_up(obj):
-                own[key] = root.state_dict()
+                own[key], parameters[key] = root.state_dict(), []
             elif isinstance(obj, Optimizer):
                 own[key] = obj.state_dict()
                 parameters[key] = [names.get(part) for part in self.precision.main_params(obj)]  # type: ignore[call-overload]
             else:
-                own[key] = self._state_of(obj)
-        if shards.METADATA in own:
+                whole[key] = self._state_of(obj)
+        if shards.METADATA in state:
             raise ValueError(f"state has the key {shards.METADATA!r}, which describes the files. Rename it.")
         own[shards.METADATA] = shards.metadata_of(root, parameters, save=self.broadcast(shards.new_save()))
+        own.update(whole if self.is_global_zero else {})
         self._write_in_turn(shards.file_of(path, self.global_rank, self.world_size), own)
         if self.is_global_zero:
             shards.remove_other_files(path, self.world_size)
 
     def _write_in_turn(self, path: str, checkpoint: dict[str, Any]) -> None:
         for turn in range(self.world_size if self._sequential_save else 1):
-            error: Exception | None = None
-            if turn == self.global_rank or not self._sequential_save:
-                try:
+            with self._failing_together(f"writing {path!r}"):
+                if turn == self.global_rank or not self._sequential_save:
                     self.checkpoint_io.save_checkpoint(checkpoint=checkpoint, path=path)
-                except Exception as raised:
-                    error = raised
-            self.raise_on_all(error, f"writing {path!r}")
+
+    @contextmanager
+    def _failing_together(self, doing: str) -> Iterator[None]:
+        """Collective: an error inside, where nothing is collective, is raised on all ranks."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        self.raise_on_all(error, doing)
 
     def load_checkpoint(
         self,
@@ -405,16 +415,19 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
     def _load_folder(
         self, path: str, state: MutableMapping[str, Any], root: nn.Module, strict: bool, weights_only: bool | None
     ) -> dict[str, Any]:
-        files = shards.files_in(path)
-        alike = len(files) == self.world_size
-        own = self._read(files[self.global_rank] if alike else files[0], weights_only)
+        with self._failing_together(f"reading {path!r}"):
+            files = shards.files_in(path)
+            alike = len(files) == self.world_size
+            own = self._read(files[self.global_rank] if alike else files[0], weights_only)
         metadata = own.pop(shards.METADATA)
         if alike and shards.are_alike(metadata, shards.metadata_of(root, {}, save="")):
             one_save = self.broadcast(metadata["save"]) == metadata["save"]
             if not self.reduce_boolean_decision(one_save):
                 raise ValueError(f"{path!r} has files of different saves: the last one has failed half-way.")
+            own.update(self.broadcast({key: value for key, value in own.items() if key not in metadata["parameters"]}))
             return self._restore_parts(state, own, root, strict)
-        every = [self._read(file, weights_only) for file in files]
+        with self._failing_together(f"reading {path!r}"):
+            every = [self._read(file, weights_only) for file in files]
         return self._restore_joined(path, state, every, strict)
 
     def _restore_parts(
@@ -443,7 +456,7 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
         first = every[0]
         _validate_keys_for_strict_loading(state.keys(), first.keys(), strict)
         for key in [key for key in state if key in first]:
-            obj, saved = state[key], [each.pop(key) for each in every]
+            obj, saved = state[key], [each.pop(key, None) for each in every]
             if self._is_set_up(obj):
                 whole = shards.join_state(saved, parts[0])
                 self.load_module_state_dict(obj, whole, strict)

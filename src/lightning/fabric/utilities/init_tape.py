@@ -76,7 +76,7 @@ def fill_from_recordings(
 
     Tensors are known by identity, or by the memory that they share. The callback may keep its tensor, which is on
     ``device``, for it has that memory to itself (shared only by tensors that are views of each other). A tensor that
-    was never written is zero. All this is done without gradients.
+    was never written is zero. All this is done without gradients; a callback must not draw random numbers.
 
     The random numbers are those of the state at the entry of ``recording_init``, whatever was drawn since. If nobody
     has drawn since its exit, the generator is left as if the module had been made for real, else as it was found.
