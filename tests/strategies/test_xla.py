@@ -258,6 +258,10 @@ class TestBeforeLaunch:
         assert strategy.root_device == devices[0]
         assert (strategy.world_size, strategy.global_rank, strategy.start_method) == (2, 0, "xla")
 
+    def test_one_device_is_the_first(self):
+        with pytest.raises(ValueError, match=r"strategy='single_xla' for devices=\[3\]"):
+            XLAStrategy(parallel_devices=[torch.device("xla", 3)])._configure_launcher()
+
     def test_the_others_cannot_be_talked_to(self):
         with pytest.raises(RuntimeError, match="`barrier` talks to the other processes"):
             XLAStrategy(parallel_devices=[torch.device("xla", 0)]).barrier()

@@ -161,6 +161,12 @@ class XLARanks(OnXLA, ParallelStrategy, ABC):
         return torch_xla.device()
 
     def _configure_launcher(self) -> None:
+        devices = self.parallel_devices or []
+        if len(devices) == 1 and devices[0].index:
+            raise ValueError(
+                f"{type(self).__name__} on one device uses the first one, but {devices[0]} is asked for. "
+                f"Use strategy='single_xla' for devices=[{devices[0].index}]."
+            )
         environment = self.cluster_environment or XLAEnvironment()
         self._launcher = _XLALauncher(environment, self.num_processes)
 

@@ -1,17 +1,16 @@
 """Share parameters, gradients and optimizer state out over the ranks.    torch: fully_shard (FSDP2), DeviceMesh"""
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import (
     BackwardPrefetch,
     CPUOffload,
@@ -35,8 +34,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.precision._dtypes import default_dtype
 from lightning.fabric.plugins.precision.fsdp import FSDPPrecision
 from lightning.fabric.plugins.precision.precision import Precision
-from lightning.fabric.strategies import _sharded_files
-from lightning.fabric.strategies._dtensor import clip_norm, clip_value, shard_optimizer_state, sync_from_rank_zero
+from lightning.fabric.strategies._dtensor import shard_optimizer_state, sync_from_rank_zero
 from lightning.fabric.strategies._fsdp_module import FSDPBackwardSync, FSDPRoot, ReshardAfterStep, ZeroGrad
 from lightning.fabric.strategies._fsdp_options import (
     Casting,
@@ -50,15 +48,14 @@ from lightning.fabric.strategies._fsdp_options import (
     when_to_reshard,
 )
 from lightning.fabric.strategies._materialize import MetaTensors
+from lightning.fabric.strategies._mixed_groups import step_one_by_one_if_mixed
+from lightning.fabric.strategies._sharded_strategy import ShardedStrategy
 from lightning.fabric.strategies._wrap_policy import Tie, choice_of, modules_to_checkpoint, units_to_shard
-from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.fabric.strategies.parallel import ParallelStrategy
 from lightning.fabric.strategies.strategy import Strategy, _Sharded
 from lightning.fabric.utilities.init import _has_meta_device_parameters_or_buffers
 from lightning.fabric.utilities.init_tape import recording_init
 from lightning.fabric.utilities.optimizer import parameter_names, repoint_optimizers
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.fabric.utilities.types import _PATH
 
 _Policy: TypeAlias = (
     set[type[nn.Module]] | list[type[nn.Module]] | Callable[..., bool] | ModuleWrapPolicy | CustomPolicy
@@ -67,7 +64,7 @@ _StateDictType = Literal["sharded", "full"]
 _PRECISIONS = frozenset({"32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"})
 
 
-class FSDPStrategy(ParallelStrategy, _Sharded):
+class FSDPStrategy(ShardedStrategy, _Sharded):
     """Each rank holds a part of every parameter, its gradient and its optimizer state; a unit is whole while it runs.
 
     The module is set up in place: parameters become ``DTensor``, under their own names. Copies of it cannot be made
@@ -102,9 +99,6 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
 
     """
 
-    runs_on: ClassVar[frozenset[str] | None] = frozenset({"cpu", "cuda"})
-    start_method = "popen"
-
     def __init__(
         self,
         accelerator: Accelerator | None = None,
@@ -123,11 +117,11 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
         device_mesh: tuple[int, ...] | DeviceMesh | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(accelerator, parallel_devices, cluster_environment, None, _can_shard(precision))
+        super().__init__(
+            accelerator, parallel_devices, cluster_environment, _can_shard(precision), process_group_backend, timeout
+        )
         if state_dict_type not in get_args(_StateDictType):
             raise ValueError(f"state_dict_type must be one of {get_args(_StateDictType)}, but got {state_dict_type!r}.")
-        self._process_group_backend = process_group_backend
-        self._timeout = timeout
         self._state_dict_type: _StateDictType = state_dict_type
         self._options = options = FSDPOptions.from_keywords(kwargs)
         self._sharding_strategy = sharding_strategy_of(sharding_strategy)
@@ -137,7 +131,6 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
         self._mixed_precision = mixed_precision_of(mixed_precision, options.mp_policy)
         self._units = choice_of(auto_wrap_policy, "auto_wrap_policy")
         self._to_checkpoint = choice_to_checkpoint(activation_checkpointing, activation_checkpointing_policy)
-        self._device_mesh: DeviceMesh | None = None
         self._roots: WeakSet[FSDPRoot] = WeakSet()
         self._replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters as they were before
         self._known_optimizers: WeakKeyDictionary[Optimizer, None] = WeakKeyDictionary()
@@ -167,11 +160,6 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
         )
 
     @property
-    def process_group_backend(self) -> str | None:
-        """Name of the backend that moves data between ranks; None: by the device."""
-        return self._process_group_backend
-
-    @property
     def sharding_strategy(self) -> ShardingStrategy:
         """What is shared out over the ranks."""
         return self._sharding_strategy
@@ -181,19 +169,7 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
         """What is written: ``"sharded"`` or ``"full"``."""
         return self._state_dict_type
 
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        """The ranks' arrangement; from launch on."""
-        if self._device_mesh is None:
-            raise RuntimeError("`device_mesh` is made of the processes, and they do not exist yet. Launch first.")
-        return self._device_mesh
-
     # -- processes
-
-    def _configure_launcher(self) -> None:
-        if self.cluster_environment is None:
-            raise RuntimeError(f"{type(self).__name__} needs its cluster environment before a launcher can be chosen.")
-        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         device = self.root_device
@@ -203,9 +179,8 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
             backend = "cpu:gloo,cuda:nccl"  # what waits in CPU memory is talked about from there
         self._join_world(backend, self._timeout)
         self._device_mesh = self._layout.build(device.type, self.num_nodes, self.num_processes)
-        if self._timeout is not None and self._options.process_group is None:
-            for axis in range(self._device_mesh.ndim):  # torch gives these groups its own default
-                _set_pg_timeout(self._timeout, self._device_mesh.get_group(axis))
+        if self._options.process_group is None:
+            self._set_timeout_of(self._device_mesh)
         if isinstance(self.precision, FSDPPrecision):
             self.precision.computes_on(device.type)
 
@@ -349,9 +324,8 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
                 "FSDPStrategy replaces them. Create it after `fabric.setup_module(model)`, or set both up together: "
                 "`model, optimizer = fabric.setup(model, optimizer)`."
             )
-        for index, group in enumerate(optimizer.param_groups):
-            _step_one_by_one_if_mixed(group, f"param_groups[{index}] of {type(optimizer).__name__}")
         if optimizer not in self._known_optimizers:
+            step_one_by_one_if_mixed(optimizer)
             self._known_optimizers[optimizer] = None
             roots = self._roots_of(parameters)
             optimizer.register_step_post_hook(ReshardAfterStep(roots))
@@ -372,89 +346,19 @@ class FSDPStrategy(ParallelStrategy, _Sharded):
                 root.drop_unsynced_gradients()
             raise
 
-    def clip_gradients_norm(
-        self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        max_norm: float,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = True,
-    ) -> Tensor:
-        parameters = list(self.precision.main_params(optimizer))
-        return clip_norm(parameters, max_norm, norm_type, error_if_nonfinite, self._module_with_state(module))
-
-    def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
-        clip_value(list(self.precision.main_params(optimizer)), clip_val)
-
     # -- files
 
-    def save_checkpoint(
-        self,
-        path: _PATH,
-        state: MutableMapping[str, Any],
-        storage_options: Any = None,
-        filter: dict[str, Callable[[str, Any], bool]] | None = None,
-    ) -> None:
-        """Collective: write ``state``: a folder with a file per rank, or with ``state_dict_type="full"`` one file."""
-        self._reshard_roots()
-        sharded = self._state_dict_type == "sharded"
-        _sharded_files.save_checkpoint(
-            self, path, state, sharded=sharded, storage_options=storage_options, filter=filter
-        )
+    @property
+    def _writes_folders(self) -> bool:
+        return self._state_dict_type == "sharded"
 
-    def load_checkpoint(
-        self,
-        path: _PATH,
-        state: nn.Module | Optimizer | MutableMapping[str, Any] | None = None,
-        strict: bool = True,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        self._reshard_roots()
-        return _sharded_files.load_checkpoint(self, path, state, strict=strict, weights_only=weights_only)
+    def _show_parts(self) -> None:
+        for root in self._roots:
+            root.reshard_all()
 
     def _module_with_state(self, module: nn.Module) -> nn.Module:
         own = module.module if isinstance(module, FSDPRoot) else module
         return getattr(own, "_orig_mod", own)
-
-    def get_module_state_dict(self, module: nn.Module) -> dict[str, Any | Tensor]:
-        """Return ``module``'s state under the user's names: each rank's part, or with ``"full"`` all of it on rank 0.
-
-        Collective with ``state_dict_type="full"``; the other ranks get an empty dict then.
-        """
-        self._reshard_roots()
-        module = self._module_with_state(module)
-        if self._state_dict_type == "full":
-            return _sharded_files.full_module_state(module, rank_zero_only=True)
-        return module.state_dict()
-
-    def load_module_state_dict(
-        self, module: nn.Module, state_dict: dict[str, Any | Tensor], strict: bool = True
-    ) -> None:
-        """Copy ``state_dict``, of full tensors (the same on every rank) or of parts, into ``module``."""
-        self._reshard_roots()
-        _sharded_files.load_full_module_state(self._module_with_state(module), state_dict, strict)
-
-    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the state in torch's format: each rank's part, or with ``"full"`` all of it on rank 0.
-
-        Collective with ``state_dict_type="full"``; the other ranks get an empty dict then.
-        """
-        if self._state_dict_type == "full":
-            return _sharded_files.full_optimizer_state(optimizer, rank_zero_only=True)
-        return optimizer.state_dict()
-
-    def load_optimizer_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        _sharded_files.load_full_optimizer_state(optimizer, state_dict)
-
-    def _reshard_roots(self) -> None:
-        for root in self._roots:
-            root.reshard_all()
-
-    # -- end
-
-    def teardown(self) -> None:
-        super().teardown()
-        self._device_mesh = None
 
 
 def _can_shard(precision: Precision | None) -> Precision | None:
@@ -547,17 +451,3 @@ def _place_plain_tensors(module: nn.Module, device: torch.device, casting: Casti
 def _same_default_dtype() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For forward, and for the second forward in backward: what makes new tensors of the same dtype."""
     return nullcontext(), default_dtype(torch.get_default_dtype())
-
-
-def _step_one_by_one_if_mixed(group: dict[str, Any], name: str) -> None:
-    """Torch cannot update parts of parameters and whole parameters (ignored ones) in one go."""
-    if len({isinstance(parameter, DTensor) for parameter in group["params"]}) < 2:
-        return
-    for way in ("foreach", "fused"):
-        if group.get(way):
-            raise ValueError(
-                f"{name} has parameters that are shared out and ones that are not, which {way}=True cannot update "
-                f"together. Put them into groups of their own, or leave `{way}` out."
-            )
-    if "foreach" in group:
-        group["foreach"] = False

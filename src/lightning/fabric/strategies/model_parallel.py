@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -13,21 +13,18 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed._composable.replicate import DDP as ReplicatedModule
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.fabric.strategies import _sharded_files
-from lightning.fabric.strategies._dtensor import _summed, clip_norm, clip_value, local_tensor
+from lightning.fabric.strategies._dtensor import _summed, local_tensor
 from lightning.fabric.strategies._materialize import MetaTensors
-from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.fabric.strategies.parallel import ParallelStrategy
+from lightning.fabric.strategies._mixed_groups import step_one_by_one_if_mixed
+from lightning.fabric.strategies._sharded_strategy import ShardedStrategy
 from lightning.fabric.strategies.strategy import _NO_CONTEXT, Strategy, _BackwardSyncControl
 from lightning.fabric.utilities.init_tape import recording_init
-from lightning.fabric.utilities.types import _PATH
 
 _Size: TypeAlias = int | Literal["auto"]
 
@@ -58,7 +55,7 @@ class MeshSizes:
         return data, tensor
 
 
-class ModelParallelStrategy(ParallelStrategy):
+class ModelParallelStrategy(ShardedStrategy):
     """Split modules as ``parallelize_fn`` says: tensor parallel, FSDP2 (``fully_shard``), or both.
 
     The processes form a mesh with the dimensions ``"data_parallel"`` and ``"tensor_parallel"``. Ranks along
@@ -89,9 +86,6 @@ class ModelParallelStrategy(ParallelStrategy):
 
     """
 
-    runs_on: ClassVar[frozenset[str] | None] = frozenset({"cpu", "cuda"})
-    start_method = "popen"
-
     def __init__(
         self,
         parallelize_fn: Callable[[Any, DeviceMesh], nn.Module],
@@ -101,7 +95,7 @@ class ModelParallelStrategy(ParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
-        super().__init__()
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         if not callable(parallelize_fn):
             raise TypeError(
                 f"`parallelize_fn` must be a function (module, device_mesh) -> module, but got {parallelize_fn!r}."
@@ -109,23 +103,8 @@ class ModelParallelStrategy(ParallelStrategy):
         self._parallelize_fn = parallelize_fn
         self._sizes = MeshSizes(data_parallel_size, tensor_parallel_size)
         self._save_distributed_checkpoint = save_distributed_checkpoint
-        self._process_group_backend = process_group_backend
-        self._timeout = timeout
-        self._device_mesh: DeviceMesh | None = None
         self._parallelized: WeakKeyDictionary[nn.Module, _Parallelized] = WeakKeyDictionary()
         self._backward_sync_control = _SyncControl(self._parallelized)
-
-    @property
-    def process_group_backend(self) -> str | None:
-        """Name of the backend that moves data between ranks; None: by the device."""
-        return self._process_group_backend
-
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        """The processes, arranged as ``("data_parallel", "tensor_parallel")``; from launch on."""
-        if self._device_mesh is None:
-            raise RuntimeError("`device_mesh` is made of the processes, and they do not exist yet. Launch first.")
-        return self._device_mesh
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -149,19 +128,12 @@ class ModelParallelStrategy(ParallelStrategy):
 
     # -- processes
 
-    def _configure_launcher(self) -> None:
-        if self.cluster_environment is None:
-            raise RuntimeError(f"{type(self).__name__} needs its cluster environment before a launcher can be chosen.")
-        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-
     def setup_environment(self) -> None:
         sizes = self._sizes.resolve(self.num_nodes, self.num_processes)  # wrong ones fail before anybody waits
         self._join_world(self._process_group_backend, self._timeout)
         names = ("data_parallel", "tensor_parallel")
         self._device_mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
-        if self._timeout is not None:
-            for name in names:  # torch gives them its own default
-                _set_pg_timeout(self._timeout, self._device_mesh.get_group(name))
+        self._set_timeout_of(self._device_mesh)
         self._let_ranks_agree_on_overflow()
 
     def _let_ranks_agree_on_overflow(self) -> None:
@@ -244,10 +216,8 @@ class ModelParallelStrategy(ParallelStrategy):
                 f"{', '.join(map(str, unknown[:5]))}. Create it after `setup_module` and before the first forward, "
                 "from the parameters of the module that `setup_module` returned."
             )
-        is_mixed = _has_mixed_group(optimizer)
         if isinstance(optimizer, Optimizer):
-            if is_mixed:
-                _OneByOne().attach(optimizer)
+            step_one_by_one_if_mixed(optimizer)
             optimizer.register_step_post_hook(_ShowPartsAfterStep(records[parameter] for parameter in parameters))
         return optimizer
 
@@ -255,91 +225,15 @@ class ModelParallelStrategy(ParallelStrategy):
         for record in self._parallelized.values():
             record.show_parts()
 
-    # -- the step
-
-    def clip_gradients_norm(
-        self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        max_norm: float,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = True,
-    ) -> Tensor:
-        own = self._module_with_state(module)
-        parameters = self.precision.main_params(optimizer)
-        return clip_norm(parameters, max_norm, norm_type, error_if_nonfinite, describe=own)
-
-    def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
-        clip_value(self.precision.main_params(optimizer), clip_val)
-
     # -- files
 
-    def save_checkpoint(
-        self,
-        path: _PATH,
-        state: MutableMapping[str, Any],
-        storage_options: Any = None,
-        filter: dict[str, Callable[[str, Any], bool]] | None = None,
-    ) -> None:
-        self._show_parts()
-        _sharded_files.save_checkpoint(
-            self,
-            path,
-            state,
-            sharded=self._save_distributed_checkpoint,
-            storage_options=storage_options,
-            filter=filter,
-        )
-
-    def load_checkpoint(
-        self,
-        path: _PATH,
-        state: nn.Module | Optimizer | MutableMapping[str, Any] | None = None,
-        strict: bool = True,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        self._show_parts()
-        return _sharded_files.load_checkpoint(self, path, state, strict=strict, weights_only=weights_only)
+    @property
+    def _writes_folders(self) -> bool:
+        return self._save_distributed_checkpoint
 
     def _module_with_state(self, module: nn.Module) -> nn.Module:
         record = self._parallelized.get(_uncompiled(module))
         return module if record is None else record.own
-
-    def get_module_state_dict(self, module: nn.Module) -> dict[str, Any | Tensor]:
-        """Return ``module``'s state under the user's names: each rank's part; or, for one file, all of it on rank 0.
-
-        Collective with ``save_distributed_checkpoint=False``; the other ranks get an empty dict then.
-        """
-        self._show_parts()
-        module = self._module_with_state(module)
-        if self._save_distributed_checkpoint:
-            return module.state_dict()
-        return _sharded_files.full_module_state(module, rank_zero_only=True)
-
-    def load_module_state_dict(
-        self, module: nn.Module, state_dict: dict[str, Any | Tensor], strict: bool = True
-    ) -> None:
-        """Copy ``state_dict``, of full tensors (the same on every rank) or of parts, into ``module``."""
-        self._show_parts()
-        _sharded_files.load_full_module_state(self._module_with_state(module), state_dict, strict)
-
-    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the state in torch's format: each rank's part; or, for one file, all of it on rank 0.
-
-        Collective with ``save_distributed_checkpoint=False``; the other ranks get an empty dict then.
-        """
-        if self._save_distributed_checkpoint:
-            return optimizer.state_dict()
-        return _sharded_files.full_optimizer_state(optimizer, rank_zero_only=True)
-
-    def load_optimizer_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        _sharded_files.load_full_optimizer_state(optimizer, state_dict)
-
-    # -- end
-
-    def teardown(self) -> None:
-        super().teardown()
-        self._device_mesh = None
 
 
 # ---- what a set-up module is -----------------------------------------------------------------------------------------
@@ -550,54 +444,6 @@ def _move_plain_tensors(module: nn.Module, device: torch.device) -> None:
         for name, buffer in part.named_buffers(recurse=False):
             if not isinstance(buffer, DTensor) and buffer.device != device:
                 part._buffers[name] = buffer.to(device)
-
-
-# ---- optimizers over plain tensors and DTensors ----------------------------------------------------------------------
-
-
-def _is_mixed(group: dict[str, Any]) -> bool:
-    return len({isinstance(parameter, DTensor) for parameter in group["params"]}) > 1
-
-
-def _has_mixed_group(optimizer: Optimizer) -> bool:
-    """Return whether a parameter group has plain tensors and DTensors; ``ValueError`` if torch cannot step it."""
-    mixed = {index: group for index, group in enumerate(optimizer.param_groups) if _is_mixed(group)}
-    for index, group in mixed.items():
-        for way in ("foreach", "fused"):
-            if group.get(way):
-                raise ValueError(
-                    f"param_groups[{index}] of {type(optimizer).__name__} has {way}=True, which torch cannot do for "
-                    "split parameters (DTensor) and whole ones (plain tensors) together. Give each kind a group of its "
-                    f"own, or leave `{way}` out."
-                )
-    return bool(mixed)
-
-
-def _takes_foreach_by_default(group: dict[str, Any]) -> bool:
-    return "foreach" in group and group["foreach"] is None and not group.get("fused") and _is_mixed(group)
-
-
-class _OneByOne:
-    """Steps parameters of mixed groups one after the other, where torch would take ``foreach`` by default (on CUDA).
-
-    The choice is taken back after each step, so that it is in no checkpoint.
-    """
-
-    def __init__(self) -> None:
-        self._chosen_for: list[dict[str, Any]] = []
-
-    def attach(self, optimizer: Optimizer) -> None:
-        optimizer.register_step_pre_hook(self._choose)
-        optimizer.register_step_post_hook(self._take_back)
-
-    def _choose(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._chosen_for = [group for group in optimizer.param_groups if _takes_foreach_by_default(group)]
-        for group in self._chosen_for:
-            group["foreach"] = False
-
-    def _take_back(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group in self._chosen_for:
-            group["foreach"] = None
 
 
 # ---- loss scaling ----------------------------------------------------------------------------------------------------

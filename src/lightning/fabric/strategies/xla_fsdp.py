@@ -130,14 +130,14 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
         """Collective: set the module up, and make the optimizers update its parts; their state is cut up too."""
-        before = parameter_names(module)
-        root = self.setup_module(module)
-        layout = Layout.of(root)
-        if optimizers and layout.is_flattened:
+        if optimizers and self._options.get("flatten_parameters"):
             raise ValueError(
                 "With flatten_parameters=True parameters are merged into new ones, which an optimizer that exists "
                 "cannot follow. Call `fabric.setup_module(model)` first, then make the optimizer."
             )
+        before = parameter_names(module)
+        root = self.setup_module(module)
+        layout = Layout.of(root)
         replacement: dict[Tensor, Tensor] = {before[name]: part for name, part in layout.parts_by_name(root).items()}
         for optimizer in optimizers:
             _replace_parameters(optimizer, replacement)
