@@ -84,6 +84,10 @@ def test_given_values_are_exported_and_others_are_not(script, started, monkeypat
         (["--accelerator", "cpu", "--devices", "auto"], 1),
         (["--accelerator", "cpu", "--devices", "-1"], 1),
         (["--strategy", "dp", "--devices", "2"], 1),
+        (["--strategy", "single_device", "--devices", "2"], 1),
+        (["--strategy", "fsdp", "--devices", "2"], 2),
+        (["--strategy", "xla_fsdp", "--devices", "2"], 1),
+        (["--accelerator", "tpu"], 1),
     ],
 )
 def test_one_process_per_device(script, started, options, processes):

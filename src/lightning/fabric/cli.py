@@ -20,7 +20,7 @@ from lightning.fabric.utilities import consolidate_checkpoint
 
 _ACCELERATORS = ("cpu", "gpu", "cuda", "mps", "tpu")
 _MAIN_PORT = 29400
-_EVERY_SCRIPT_NEEDS = ("lightning.fabric.fabric",)  # a name: only the process that starts the ranks imports it
+_EVERY_SCRIPT_NEEDS = ("lightning.fabric.fabric",)  # names: only the process that starts the ranks imports them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,9 +54,8 @@ def _run(words: Sequence[str]) -> int:
     if not os.path.isfile(script):
         parser.error(f"SCRIPT {script!r} does not exist, or is not a file.")
     os.environ.update(outside_values(options))
-    if options.strategy == "dp":
-        num_processes = 1
-    else:
+    num_processes = 1
+    if not _is_one_process(options):
         num_processes = _or_error(parser, lambda: _count(options.devices, options.accelerator))
     port = _or_error(parser, lambda: _choose_port(options))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // num_processes)))
@@ -64,7 +63,18 @@ def _run(words: Sequence[str]) -> int:
     from lightning.fabric.strategies.launchers.ranks_of_a_script import run_script
 
     envs = rank_environments(options, num_processes, port)
-    return run_script(script, arguments, envs, preload=_EVERY_SCRIPT_NEEDS)
+    return run_script(script, arguments, envs, preload=(*_EVERY_SCRIPT_NEEDS, *_module_of(options.strategy)))
+
+
+def _is_one_process(options: argparse.Namespace) -> bool:
+    entry = STRATEGIES.get(options.strategy)
+    starts_the_others_itself = options.accelerator == "tpu" or (entry is not None and entry.start_method == "xla")
+    return starts_the_others_itself or (entry is not None and not entry.multi_process)
+
+
+def _module_of(strategy: str | None) -> list[str]:
+    target = STRATEGIES[strategy].target if strategy is not None else None
+    return [target.partition(":")[0]] if isinstance(target, str) else []
 
 
 def _run_parser() -> argparse.ArgumentParser:

@@ -900,10 +900,12 @@ class _Loading:
         self._strategy = strategy
 
     def run(self) -> dict[str, Any]:
-        saved = self._read()
-        own = saved.get(_OWN_STATE)
+        saved = self._read(self._engine._get_ckpt_name(str(self._folder), _TAG))
+        # of the files that each rank has at stage 3, that of rank 0 counts
+        first = self._read(self._engine._get_ckpt_name(str(self._folder), _TAG, pp_placeholder="0"))
+        own = first.get(_OWN_STATE)
         if own is None:  # written by another program
-            own = {key: value for key, value in saved.items() if key not in _DEEPSPEEDS_KEYS}
+            own = {key: value for key, value in first.items() if key not in _DEEPSPEEDS_KEYS}
         _validate_keys_for_strict_loading(self._others, own, self._strict)
         self._check(saved)
         loaded, _ = self._engine.load_checkpoint(
@@ -926,9 +928,9 @@ class _Loading:
         self._strategy._engines[self._engine].close()
         return dict(own)
 
-    def _read(self) -> dict[str, Any]:
-        """This rank's file of everything but optimizer state, with tensors left in it."""
-        path = Path(self._engine._get_ckpt_name(str(self._folder), _TAG))
+    def _read(self, name: str) -> dict[str, Any]:
+        """A file of everything but optimizer state, with tensors left in it."""
+        path = Path(name)
         if not path.is_file():
             found = sorted(file.name for file in path.parent.glob("*model_states.pt"))
             raise ValueError(
