@@ -3,7 +3,7 @@
 python benchmarks/meta_init.py [--blocks 25]
 
 Peak of the process's resident memory above what it was before, with everything that stays imported and warmed up. glibc
-may keep freed blocks of this size, and use them again: how many is chance. So it is told not to (`mallopt`); what it does
+may keep freed blocks of this size to use them again: how many is chance. So it is told not to (`mallopt`); what it does
 when it is let alone is in the last row.
 """
 

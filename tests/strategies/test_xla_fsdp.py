@@ -13,7 +13,7 @@ from torch import nn
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.xla_fsdp import XLAFSDPStrategy, _activation_checkpointing_auto_wrapper
 from lightning.fabric.testing import on_ranks, preload
-from lightning.fabric.testing.contract import STRATEGY_CHECKS, check_strategy
+from lightning.fabric.testing.contract import check_strategy
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 preload("torch.distributed.fsdp", "lightning.fabric.strategies.xla_fsdp")
@@ -525,12 +525,4 @@ def _full():
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [_sharded, _full])
 def test_the_contract_of_strategies_is_kept(strategy):
-    check_strategy(strategy, accelerator="tpu", checks=CHECKS, tolerance=1e-5, tolerance_alone=1e-6)
-
-
-CHECKS = [
-    check
-    for check in STRATEGY_CHECKS
-    # these ask the wrapper for parameters, which the user's own module has no more
-    if check.__name__ not in ("sets_up_jointly_and_separately_alike", "keeps_the_names_of_the_model")
-]
+    check_strategy(strategy, accelerator="tpu", tolerance=1e-5, tolerance_alone=1e-6)

@@ -531,7 +531,10 @@ _RULES = (
         "{p.strategy} is one process, so it cannot use num_nodes={p.nodes}. Use strategy='ddp'.",
     ),
     Rule(
-        lambda p: p.entry.start_method in _MULTIPROCESSING and (p.torchrun or p.machine.switched_on("LT_CLI_USED")),
+        lambda p: (
+            (p.entry.start_method in _MULTIPROCESSING and (p.torchrun or p.machine.switched_on("LT_CLI_USED")))
+            or (p.entry.start_method == "xla" and p.torchrun)
+        ),
         RuntimeError,
         "{p.strategy} starts processes itself, but `fabric run` or torchrun has started them already. "
         "Use strategy='ddp'.",

@@ -296,7 +296,8 @@ class Fabric:
         if use_distributed_sampler and replicas is not None:
             loader = distribute_dataloader(loader, **replicas)
         _auto_add_worker_init_fn(loader, self.global_rank)
-        loader = self._strategy.process_dataloader(loader)
+        if move_to_device:
+            loader = self._strategy.process_dataloader(loader)
         return _FabricDataLoader(loader, self.device if move_to_device else None)
 
     def _place(self, module: nn.Module, optimizers: tuple[Any, ...], move_to_device: bool) -> nn.Module:

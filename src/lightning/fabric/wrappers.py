@@ -191,13 +191,14 @@ class _FabricModule(_DeviceDtypeModuleMixin):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original module's state: keys carry no wrapper's prefix."""
-        return self._original_module.state_dict(*args, **kwargs)
+        return self._strategy.state_dict(self._original_module, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Load into the original module; keys carry no wrapper's prefix. Into a sharded one, each rank loads its part."""
+        """Load into the original module, each rank its part; keys carry no wrapper's prefix."""
         if kwargs:
             return self._original_module.load_state_dict(state_dict, strict=strict, **kwargs)
-        return self._strategy.load_module_state_dict(self._original_module, cast("dict[str, Any]", state_dict), strict=strict)
+        state = cast("dict[str, Any]", state_dict)
+        return self._strategy.load_module_state_dict(self._original_module, state, strict=strict)
 
     def _load_from_state_dict(
         self,
@@ -217,7 +218,7 @@ class _FabricModule(_DeviceDtypeModuleMixin):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The original module's parameters under the original's names."""
-        return self._original_module.named_parameters(*args, **kwargs)
+        return self._strategy.named_parameters(self._original_module, *args, **kwargs)
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         """The original module's buffers under the original's names."""
@@ -416,8 +417,8 @@ class _FabricOptimizer:
 
 def _named_parameters(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     for index, group in enumerate(getattr(optimizer, "param_groups", ())):
-        names = group.get("param_names") or [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
-        yield from zip(names, group["params"], strict=False)
+        numbered = [f"param_groups[{index}]['params'][{number}]" for number in range(len(group["params"]))]
+        yield from zip(group.get("param_names") or numbered, group["params"], strict=True)
 
 
 @functools.cache

@@ -185,7 +185,10 @@ class Strategy(ABC):
     # ---- objects -------------------------------------------------------------------------------------------------
 
     def process_dataloader(self, dataloader: DataLoader) -> Any:
-        """Return what is iterated in place of ``dataloader``, whose sampler is distributed already."""
+        """Return what is iterated in place of ``dataloader``, whose sampler is distributed already.
+
+        Not called where batches shall stay where the loader puts them (``move_to_device=False``).
+        """
         return dataloader
 
     @contextmanager
@@ -425,6 +428,16 @@ class Strategy(ABC):
     def _module_with_state(self, module: nn.Module) -> nn.Module:
         """Return the module whose names are those of the state dict."""
         return module
+
+    def named_parameters(
+        self, module: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what optimizers update, under the names of the parameters in the user's own ``module``."""
+        return module.named_parameters(prefix, recurse, remove_duplicate)
+
+    def state_dict(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return what ``model.state_dict(...)`` of the user's own ``module`` is; of a sharded one, this rank's part."""
+        return module.state_dict(*args, **kwargs)
 
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any | Tensor]:
         """Return ``module``'s state under the user's names: the tensors themselves, not copies."""

@@ -224,6 +224,14 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
 
     # -- state
 
+    def state_dict(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Collective: the whole state; parts have neither the names nor the shapes of the user's parameters."""
+        if args or kwargs:
+            raise NotImplementedError(
+                "`state_dict` of a module that is sharded by XLA takes no arguments. Leave them out."
+            )
+        return self.get_module_state_dict(module)
+
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """Collective: the whole state under the user's names, on the CPU of every rank."""
         return self._full_module(module, rank_zero_only=False)
