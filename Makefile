@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint table bench clean
 
 demo: $(READY)  ## train on 2 processes, then resume for more epochs
 	rm -rf runs/demo
@@ -22,8 +22,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+table: $(READY)  ## one training run under every strategy, compared with one process
+	OMP_NUM_THREADS=1 $(BIN)/python examples/every_strategy.py
+
 bench: $(READY)  ## the figures of the README, on this machine
-	for name in import_cost step launch checkpoint; do $(BIN)/python benchmarks/$$name.py; done
+	for name in import_cost step launch checkpoint fsdp meta_init; do $(BIN)/python benchmarks/$$name.py; done
 
 clean:
 	rm -rf .venv runs build dist src/*.egg-info

@@ -449,6 +449,7 @@ def _save_and_load(fabric: Fabric, folder: Path) -> dict[str, Any]:
     model, optimizer, scheduler = scheduled()
     _step(fabric, model, optimizer, 0)
     state = {"model": model, "optimizer": optimizer, "lr_scheduler": scheduler, "global_steps": 7, "x": torch.ones(2)}
+    state["rank"] = fabric.global_rank
     fabric.save(path, {**state, "global_steps": 6})
     fabric.save(path, state)
     saved = _weights(fabric, model)
@@ -569,8 +570,10 @@ class TestFiles:
     def test_values_come_back_under_names_that_deepspeed_uses_too(self, seen: Any, stage: str) -> None:
         for rank in seen:
             assert rank["round trip"][stage]["global_steps"] == 7
-            assert list(rank["round trip"][stage]["left"]) == ["x"]
-            assert rank["round trip"][stage]["left"]["x"].equal(torch.ones(2))
+            left = rank["round trip"][stage]["left"]
+            assert list(left) == ["x", "rank"]
+            assert left["x"].equal(torch.ones(2))
+            assert left["rank"] == 0  # as everywhere, rank 0's values are saved
 
     @pytest.mark.parametrize("stage", _SHARED)
     def test_weights_may_be_loaded_alone(self, seen: Any, stage: str) -> None:

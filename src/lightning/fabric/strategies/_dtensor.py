@@ -129,7 +129,13 @@ def full_tensor(tensor: Tensor) -> Tensor:
         return tensor.detach()
     mesh_type, part = tensor.device_mesh.device_type, tensor._local_tensor
     if part.device.type != mesh_type and not part.is_meta:  # offloaded: the group talks from the other device
-        return _with_layout(part.to(mesh_type), tensor).full_tensor().to(part.device)
+        return full_tensor(_with_layout(part.to(mesh_type), tensor)).to(part.device)
+    in_turn, afterwards = _order_of_splitting(tensor)
+    placements = list(tensor.placements)
+    for axis in reversed([*in_turn, *afterwards]):  # one by one: torch warns of doing it all at once
+        if _dim(placements[axis]) is not None:
+            placements[axis] = Replicate()
+            tensor = tensor.redistribute(placements=placements)
     return tensor.full_tensor().detach()
 
 

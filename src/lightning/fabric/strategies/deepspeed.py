@@ -325,6 +325,10 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
             "WORLD_SIZE": str(self.world_size),
             "DS_ACCELERATOR": self.root_device.type,
         }
+        beside_python = Path(sys.executable).parent
+        if shutil.which("ninja") is None and (beside_python / "ninja").exists():
+            # DeepSpeed compiles operators with it, and looks for it where an environment that is not activated is not
+            wanted["PATH"] = f"{beside_python}{os.pathsep}{os.environ.get('PATH', '')}"
         self._variables_before = self._variables_before or {name: os.environ.get(name) for name in wanted}
         os.environ.update(wanted)
 
