@@ -243,7 +243,8 @@ class FSDPStrategy(ShardedStrategy, _Sharded):
         ignored = self._options.parameters_to_ignore()
         _check_can_be_sharded(module, ignored)
         meta = MetaTensors.of(module)
-        before = [parameter for parameter in module.parameters() if parameter not in ignored]
+        # weakly: what was whole goes as soon as its unit has been shared out
+        self._replaced.update((parameter, None) for parameter in module.parameters() if parameter not in ignored)
         casting = Casting.of(self._mixed_precision, self.precision)
         policies = self._policies_of_units(module, casting, ignored)
         _check_dtypes(module, [*policies, module], ignored)
@@ -261,7 +262,6 @@ class FSDPStrategy(ShardedStrategy, _Sharded):
         self._prefetch(root)
 
         self._roots.add(root)
-        self._replaced.update(dict.fromkeys(before))
         return root
 
     def _policies_of_units(
