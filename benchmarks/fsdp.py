@@ -1,8 +1,8 @@
-"""What Fabric adds to a training step on one and two ranks: its FSDP against `fully_shard`, its DDP against torch's own.
+"""What Fabric adds to a training step: its FSDP against `fully_shard`, its DDP against torch's own, on one and two ranks.
 
 python benchmarks/fsdp.py [--rounds 60] [--calls 10]
 
-All sides live in the same processes (gloo on the CPU, one thread each) and take turns in short blocks, in changing order.
+All sides live in the same processes (gloo on the CPU, one thread each) and take turns in short blocks, changing order.
 The ratio to "by hand" is the median over rounds. "by hand" is there a second time: how far its ratio is from 1 says how
 far another one may be by chance. On one rank, without a wait for others, what Fabric adds shows best.
 """

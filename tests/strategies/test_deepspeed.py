@@ -875,6 +875,8 @@ def _configured(ranks: int) -> Any:
                 _step(fabric, model, optimizer, number)
             seen[name] = _weights(fabric, model)
         else:
+            fabric.backward(_mean(model, torch.ones(1, 6)))
+            optimizer.zero_grad()
             fabric.backward(_mean(model, _batches()[0, 0, fabric.global_rank]))
             seen[f"{name}: second backward"] = _error(lambda m=model, f=fabric: f.backward(_mean(m, torch.ones(1, 6))))
             optimizer.step()

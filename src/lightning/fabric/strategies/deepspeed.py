@@ -402,8 +402,9 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
             )
         self._warn_of_optimizer(optimizer)
         engine = self._make_engine(module, self._engine_config(), optimizer, scheduler)
-        self._engines[engine] = _Window(scheduler)
-        optimizer.zero_grad = functools.partial(_zero_grad, weakref.ref(engine))  # type: ignore[method-assign]
+        self._engines[engine] = window = _Window(scheduler)
+        zero_grad = functools.partial(_zero_grad, weakref.ref(engine), window)
+        optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
         return engine, [optimizer], scheduler
 
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -479,7 +480,7 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
         window = self._engines[engine]
         if window.backwards and not window.may_accumulate(engine):
             raise RuntimeError(_one_backward_message(self.config))
-        if window.backwards and hasattr(engine.optimizer, "clear_backward_seen_flag"):
+        if hasattr(engine.optimizer, "clear_backward_seen_flag"):
             # otherwise done by forward alone: at stage 3 a second backward without one between would replace the first
             engine.optimizer.clear_backward_seen_flag()
         window.backwards += 1
@@ -662,6 +663,14 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
         else:
             super()._check_fits(name, obj, saved, strict)
 
+    def state_dict(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`get_module_state_dict` at stage 3, where what a rank has of a parameter has no name or shape."""
+        if not self.zero_stage_3 or self._engine_of(module) is None:
+            return super().state_dict(module, *args, **kwargs)
+        if args or kwargs:
+            raise NotImplementedError("`state_dict` at ZeRO stage 3 takes no arguments. Leave them out.")
+        return self.get_module_state_dict(module)
+
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """Collective at stage 3: then rank 0 gets all of the state, in CPU memory, the others nothing."""
         engine = self._engine_of(module)
@@ -739,7 +748,7 @@ def _forget_groups(groups: Any) -> None:
     """Let DeepSpeed make its process groups anew, after the ones that it remembers were destroyed with the world."""
     if hasattr(groups, "_release_process_group_references"):
         groups._release_process_group_references()
-    else:  # before DeepSpeed 0.19.7
+    else:  # DeepSpeed up to 0.19.6
         groups._WORLD_GROUP = None
 
 
@@ -781,11 +790,12 @@ class _Window:
         self._schedulers_step = getattr(self._scheduler, "last_epoch", None)
 
 
-def _zero_grad(of: "weakref.ref[Any]", set_to_none: bool = True) -> None:
+def _zero_grad(of: "weakref.ref[Any]", window: _Window, set_to_none: bool = True) -> None:
     """Let go of all gradients since the engine's last step, wherever it has put them."""
     engine = of()
     if engine is None:
         return
+    window.backwards = 0
     engine.zero_grad()
     if not engine.zero_optimization():
         return
