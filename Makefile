@@ -3,6 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)  # DeepSpeed builds with the ninja that lies there
 READY := .venv/ready
 
 .PHONY: demo test lint table bench clean

@@ -1,4 +1,4 @@
-"""What Fabric adds to a training step: its FSDP against `fully_shard`, its DDP against torch's own, on one and two ranks.
+"""What Fabric adds to a step on one and two ranks: its FSDP against `fully_shard`, its DDP against torch's own.
 
 python benchmarks/fsdp.py [--rounds 60] [--calls 10]
 

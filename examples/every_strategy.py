@@ -79,7 +79,7 @@ def _rows() -> Iterator[Row]:
     yield Row("tensor parallel x data parallel", 4, (*split, "--data-parallel=2"))
     yield Row("the same, made on meta", 4, (*split, "--data-parallel=2", "--meta"))
     for stage in (1, 2, 3):
-        for ranks in (1, 2):
+        for ranks in (1, 2, 4):
             arguments = (f"--strategy=deepspeed_stage_{stage}",)
             yield Row(f"deepspeed stage {stage}", ranks, arguments, DEEPSPEED_LIMIT, package="deepspeed")
 
