@@ -24,7 +24,10 @@ class TestBuiltIn:
     def test_the_names(self) -> None:
         ddp = ["ddp", "ddp_fork", "ddp_forkserver", "ddp_notebook", "ddp_spawn"]
         unused = [f"{name}_find_unused_parameters_true" for name in ddp]
-        assert STRATEGY_REGISTRY.available_strategies() == sorted(["dp", "single_device", *ddp, *unused])
+        zero = [f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "1_offload", "2_offload", "3_offload")]
+        sharded = ["fsdp", "fsdp_cpu_offload", "deepspeed", *zero, "deepspeed_stage_3_offload_nvme"]
+        others = ["dp", "single_device", "xla", "xla_fsdp", "single_xla"]
+        assert STRATEGY_REGISTRY.available_strategies() == sorted([*others, *sharded, *ddp, *unused])
 
     @pytest.mark.parametrize("name", STRATEGIES)
     def test_the_table_agrees_with_the_class(self, name: str) -> None:

@@ -75,7 +75,9 @@ class ShardedStrategy(ParallelStrategy, ABC):
             raise RuntimeError(f"{type(self).__name__} needs its cluster environment before a launcher can be chosen.")
         self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
-    def _set_timeout_of(self, mesh: DeviceMesh) -> None:
+    def _join_mesh(self, mesh: DeviceMesh) -> None:
+        """Collective: wait until all ranks have connected the groups of ``mesh``, and give these our timeout."""
+        self.barrier("device mesh")  # a rank that is done at once would take the others' meeting place with it
         if self._timeout is not None:
             for axis in range(mesh.ndim):  # torch gives these groups its own default
                 _set_pg_timeout(self._timeout, mesh.get_group(axis))

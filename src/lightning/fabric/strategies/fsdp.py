@@ -180,7 +180,7 @@ class FSDPStrategy(ShardedStrategy, _Sharded):
         self._join_world(backend, self._timeout)
         self._device_mesh = self._layout.build(device.type, self.num_nodes, self.num_processes)
         if self._options.process_group is None:
-            self._set_timeout_of(self._device_mesh)
+            self._join_mesh(self._device_mesh)
         if isinstance(self.precision, FSDPPrecision):
             self.precision.computes_on(device.type)
 

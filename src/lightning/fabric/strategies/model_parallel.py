@@ -133,7 +133,7 @@ class ModelParallelStrategy(ShardedStrategy):
         self._join_world(self._process_group_backend, self._timeout)
         names = ("data_parallel", "tensor_parallel")
         self._device_mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
-        self._set_timeout_of(self._device_mesh)
+        self._join_mesh(self._device_mesh)
         self._let_ranks_agree_on_overflow()
 
     def _let_ranks_agree_on_overflow(self) -> None:
