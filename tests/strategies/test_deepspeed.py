@@ -22,6 +22,7 @@ from lightning.fabric.plugins.precision.amp import MixedPrecision
 from lightning.fabric.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.fabric.plugins.precision.precision import Precision
 from lightning.fabric.strategies import deepspeed as module_under_test
+from lightning.fabric.strategies._deepspeed_files import checkpoint_folder, put_in_place
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -196,7 +197,7 @@ class TestPlace:
         for content in ("first", "second"):
             (tmp_path / ".checkpoint-1").mkdir()
             (tmp_path / ".checkpoint-1" / "file").write_text(content)
-            module_under_test._put_in_place(tmp_path, ".checkpoint-1")
+            put_in_place(tmp_path, ".checkpoint-1")
             assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "latest"}
             assert (tmp_path / "latest").read_text() == "checkpoint"
             assert (tmp_path / "checkpoint" / "file").read_text() == content
@@ -204,16 +205,16 @@ class TestPlace:
     def test_what_is_no_checkpoint_is_told_from_one(self, tmp_path: Path) -> None:
         checkpoint = tmp_path / "last"
         (checkpoint / "checkpoint").mkdir(parents=True)
-        assert module_under_test._checkpoint_folder(checkpoint) == checkpoint
+        assert checkpoint_folder(checkpoint) == checkpoint
         with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-            module_under_test._checkpoint_folder(tmp_path / "other")
+            checkpoint_folder(tmp_path / "other")
         with pytest.raises(ValueError, match="is not a checkpoint of DeepSpeed's.*'checkpoint' in it.$"):
-            module_under_test._checkpoint_folder(tmp_path)
+            checkpoint_folder(tmp_path)
         with pytest.raises(ValueError, match=r"Did you mean .*last'\?"):
-            module_under_test._checkpoint_folder(checkpoint / "checkpoint")
+            checkpoint_folder(checkpoint / "checkpoint")
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match=r"is a file. If it holds full.*`fabric\.load_raw`"):
-            module_under_test._checkpoint_folder(tmp_path / "file")
+            checkpoint_folder(tmp_path / "file")
 
 
 # ---- with the package ------------------------------------------------------------------------------------------------

@@ -333,8 +333,9 @@ class Fabric:
         """Parameters of a module made inside are at once on the device and of the precision's dtype.
 
         Args:
-            empty_init: ``True`` leaves weights uninitialised: only for a model whose every weight is loaded afterwards.
-                ``None`` lets the strategy decide.
+            empty_init: ``True`` leaves weights uninitialised, for a model whose every weight is loaded afterwards: one
+                that is still empty at the first forward or step raises. Strategies that share parameters out take no
+                memory then, and set-up gives every rank its part of the initial values. ``None``: the strategy decides.
 
         Raises:
             RuntimeError: before ``launch`` on several devices.

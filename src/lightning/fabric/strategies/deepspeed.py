@@ -1,6 +1,5 @@
 """ZeRO: optimizer state, gradients and weights shared out over the ranks.    package: deepspeed"""
 
-import copy
 import functools
 import logging
 import os
@@ -9,7 +8,6 @@ import sys
 import uuid
 import warnings
 import weakref
-import zipfile
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
@@ -38,42 +36,24 @@ from lightning.fabric.strategies._deepspeed_config import (
     overlaps_at_first_stage,
     zero_stage,
 )
-from lightning.fabric.strategies._single_file import _validate_keys_for_strict_loading, check_module, is_stateful
+from lightning.fabric.strategies._deepspeed_files import (
+    OWN_STATE,
+    TAG,
+    Loading,
+    checkpoint_folder,
+    gathered,
+    gathered_state,
+    put_in_place,
+    state_of,
+)
+from lightning.fabric.strategies._deepspeed_steps import Window, zero_grad, zero_gradient_buffers
+from lightning.fabric.strategies._single_file import check_module
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.strategy import _Sharded
 from lightning.fabric.utilities.imports import require
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.types import _PATH
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-
-_TAG = "checkpoint"  # the folder in the checkpoint's folder that has the files of all ranks
-_OWN_STATE = "fabric"  # key of the user's values, kept apart from what DeepSpeed writes under names of its own
-_DEEPSPEEDS_KEYS = frozenset(
-    {
-        "module",
-        "buffer_names",
-        "optimizer",
-        "param_shapes",
-        "frozen_param_shapes",
-        "shared_params",
-        "frozen_param_fragments",
-        "lr_scheduler",
-        "data_sampler",
-        "random_ltd",
-        "sparse_tensor_module_names",
-        "skipped_steps",
-        "global_steps",
-        "global_samples",
-        "dp_world_size",
-        "mp_world_size",
-        "checkpoint_parallel_dims",
-        "universal_checkpoint_info",
-        "num_experts",
-        "ds_config",
-        "ds_version",
-    }
-)
-
 
 # ---- the strategy ----------------------------------------------------------------------------------------------------
 
@@ -402,9 +382,9 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
             )
         self._warn_of_optimizer(optimizer)
         engine = self._make_engine(module, self._engine_config(), optimizer, scheduler)
-        self._engines[engine] = window = _Window(scheduler)
-        zero_grad = functools.partial(_zero_grad, weakref.ref(engine), window)
-        optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+        self._engines[engine] = window = Window(scheduler)
+        drop_all = functools.partial(zero_grad, weakref.ref(engine), window)
+        optimizer.zero_grad = drop_all  # type: ignore[method-assign]
         return engine, [optimizer], scheduler
 
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -420,7 +400,7 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
         for name in unwanted:
             config.pop(name, None)
         engine = self._make_engine(module, config)
-        self._engines[engine] = _Window()
+        self._engines[engine] = Window()
         return engine
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -497,7 +477,7 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
         window = self._engines[engine]
         window.check_scheduler()
         loss = super().optimizer_step(engine, **kwargs)
-        _zero_gradient_buffers(engine)
+        zero_gradient_buffers(engine)
         window.close()
         return loss
 
@@ -562,15 +542,15 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
         folder = Path(os.fspath(path))
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"DeepSpeed saves a folder, but {str(folder)!r} is a file. Choose another path.")
-        others = {_OWN_STATE: {key: _state_of(obj) for key, obj in self._besides(engine, state).items()}}
+        others = {OWN_STATE: {key: state_of(obj) for key, obj in self._besides(engine, state).items()}}
         options = {"client_state": others, "exclude_frozen_parameters": self._exclude_frozen_parameters}
         if engine.checkpoint_engine.is_decoupled():  # goes on writing after this call, so nothing may be renamed
-            engine.save_checkpoint(str(folder), tag=_TAG, **options)
+            engine.save_checkpoint(str(folder), tag=TAG, **options)
             return
-        temporary = self.broadcast(f".{_TAG}-{uuid.uuid4().hex[:8]}")
+        temporary = self.broadcast(f".{TAG}-{uuid.uuid4().hex[:8]}")
         engine.save_checkpoint(str(folder), tag=temporary, save_latest=False, **options)
         if self.is_global_zero:
-            _put_in_place(folder, temporary)
+            put_in_place(folder, temporary)
 
     def load_checkpoint(
         self,
@@ -607,7 +587,7 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
                 "weights_only=True cannot be honoured: DeepSpeed unpickles its files. Leave it out, for files that "
                 "you trust."
             )
-        return _Loading(self, engine, _checkpoint_folder(path), state, strict).run()
+        return Loading(self, engine, checkpoint_folder(path), state, strict).run()
 
     def _load_full(
         self, path: _PATH, state: MutableMapping[str, Any], strict: bool, weights_only: bool | None
@@ -658,7 +638,7 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
 
     def _check_fits(self, name: str, obj: Any, saved: Any, strict: bool) -> None:
         if isinstance(obj, nn.Module) and self._engine_of(obj) is not None and self.zero_stage_3:
-            with _gathered(obj.parameters()):
+            with gathered(obj.parameters()):
                 check_module(self._module_with_state(obj), saved, strict, name)
         else:
             super()._check_fits(name, obj, saved, strict)
@@ -676,7 +656,7 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
         engine = self._engine_of(module)
         if engine is None or not self.zero_stage_3:
             return super().get_module_state_dict(module)
-        state = _gathered_state(engine.module, keep=self.is_global_zero)
+        state = gathered_state(engine.module, keep=self.is_global_zero)
         return state if self.is_global_zero else {}
 
     def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> Any:
@@ -685,7 +665,7 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
         if engine is None:
             return super().load_module_state_dict(module, state_dict, strict)
         try:
-            with _gathered(engine.module.parameters(), write=True):
+            with gathered(engine.module.parameters(), write=True):
                 return engine.module.load_state_dict(state_dict, strict=strict)
         finally:
             if hasattr(engine.optimizer, "refresh_fp32_params"):
@@ -752,220 +732,8 @@ def _forget_groups(groups: Any) -> None:
         groups._WORLD_GROUP = None
 
 
-class _Engines(weakref.WeakKeyDictionary[Any, "_Window"]):
+class _Engines(weakref.WeakKeyDictionary[Any, "Window"]):
     """The engines of this process, for as long as somebody uses them."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Engines, ()  # in another process there are none
-
-
-# ---- between two steps -----------------------------------------------------------------------------------------------
-
-
-class _Window:
-    """What has happened in an engine since its last step."""
-
-    def __init__(self, scheduler: Any = None) -> None:
-        self.backwards = 0
-        self._scheduler = scheduler
-        self._schedulers_step = getattr(scheduler, "last_epoch", None)
-
-    def may_accumulate(self, engine: Any) -> bool:
-        """Whether gradients of another backward add to those that are there."""
-        managed = getattr(engine, "managed_gradient_accumulation", None)
-        return managed is not None and not managed()
-
-    def check_scheduler(self) -> None:
-        """Raise ``RuntimeError`` if somebody else has stepped the scheduler too."""
-        if self._schedulers_step is not None and self._scheduler.last_epoch == self._schedulers_step + 1:
-            raise RuntimeError(
-                f"{type(self._scheduler).__name__} was stepped twice: DeepSpeed's engine steps the scheduler that "
-                "`setup` got, after each step of the optimizer. Leave `scheduler.step()` out, or do not pass it to "
-                "`setup`."
-            )
-
-    def close(self) -> None:
-        """The engine has stepped."""
-        self.backwards = 0
-        self._schedulers_step = getattr(self._scheduler, "last_epoch", None)
-
-
-def _zero_grad(of: "weakref.ref[Any]", window: _Window, set_to_none: bool = True) -> None:
-    """Let go of all gradients since the engine's last step, wherever it has put them."""
-    engine = of()
-    if engine is None:
-        return
-    window.backwards = 0
-    engine.zero_grad()
-    if not engine.zero_optimization():
-        return
-    zero = engine.optimizer
-    zero.zero_grad(set_to_none=True)
-    _zero_gradient_buffers(engine)
-    if engine.zero_optimization_stage() == 3:
-        zero._offload_boundary_param_ids = set()
-        zero.averaged_gradients = {}
-        return
-    zero.micro_step_id = -1  # the next backward starts anew
-    if zero.cpu_offload:
-        zero._offload_accumulated_param_ids = set()
-        zero.reset_cpu_buffers()
-    else:
-        zero._release_preflattened_grad_buffers()
-        for gradients in (zero.averaged_gradients, zero.all_grad_tensors):
-            gradients.update(dict.fromkeys(gradients))
-
-
-def _zero_gradient_buffers(engine: Any) -> None:
-    """Fill with zeros what only a new gradient overwrites.
-
-    A parameter that no backward reaches would be updated with its gradient of an earlier step otherwise.
-    """
-    stage, zero = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 3:
-        masters = zero.fp32_partitioned_groups_flat if zero.offload_optimizer else ()
-        if zero.grad_partitions_flat_buffer is not None:
-            zero.grad_partitions_flat_buffer.zero_()
-    else:
-        masters = zero.single_partition_of_fp32_groups if stage and zero.cpu_offload else ()
-    for master in masters:
-        if master.grad is not None:
-            master.grad.zero_()
-
-
-# ---- parameters that are shared out ----------------------------------------------------------------------------------
-
-
-def _gathered(parameters: Any, write: bool = False) -> AbstractContextManager[Any]:
-    """Collective: a context in which those parameters are whole; with ``write``, rank 0's values are kept after."""
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
-
-
-def _gathered_state(module: nn.Module, keep: bool) -> dict[str, Any]:
-    """Collective: ``module``'s state dict in CPU memory, gathered parameter by parameter; empty unless ``keep``."""
-    state: dict[str, Any] = {}
-    copies: dict[int, Tensor] = {}  # a tied parameter is one tensor under several names
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, value in module.state_dict(keep_vars=True).items():
-        parameter = parameters.get(name)
-        if parameter is not None and id(parameter) not in copies:
-            with _gathered([parameter]):
-                copies[id(parameter)] = parameter.detach().to("cpu", copy=True) if keep else parameter.detach()
-        if keep:
-            state[name] = copies[id(parameter)] if parameter is not None else _to_cpu(value)
-    return state
-
-
-def _to_cpu(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def _state_of(obj: Any) -> Any:
-    return obj.state_dict() if callable(getattr(obj, "state_dict", None)) else obj
-
-
-def _put_in_place(folder: Path, temporary: str) -> None:
-    """Let the complete files in ``temporary`` take the place of a checkpoint that is there already."""
-    target, former = folder / _TAG, folder / f"{temporary}-former"
-    if target.exists():
-        target.rename(former)
-    (folder / temporary).rename(target)
-    (folder / "latest").write_text(_TAG)
-    if former.exists():
-        shutil.rmtree(former)
-
-
-def _checkpoint_folder(path: _PATH) -> Path:
-    folder = Path(os.fspath(path))
-    if not folder.exists():
-        raise FileNotFoundError(f"There is no checkpoint at {str(folder)!r}.")
-    if folder.is_file():
-        raise ValueError(
-            f"A checkpoint of DeepSpeed's is a folder, but {str(folder)!r} is a file. If it holds full "
-            "weights under the names of `state`, use `DeepSpeedStrategy(load_full_weights=True)`; if it holds a bare "
-            "state dict, `fabric.load_raw`."
-        )
-    if not (folder / _TAG).is_dir():
-        inside = next((parent for parent in (folder.parent, folder.parent.parent) if (parent / _TAG).is_dir()), None)
-        hint = f" Did you mean {str(inside)!r}?" if inside is not None else ""
-        raise ValueError(
-            f"{str(folder)!r} is not a checkpoint of DeepSpeed's: there is no folder {_TAG!r} in it.{hint}"
-        )
-    return folder
-
-
-class _Loading:
-    """One load of a folder into an engine: everything is checked before anything is changed."""
-
-    def __init__(
-        self, strategy: DeepSpeedStrategy, engine: Any, folder: Path, state: MutableMapping[str, Any], strict: bool
-    ) -> None:
-        self._engine, self._folder, self._state, self._strict = engine, folder, state, strict
-        self._with_optimizer = any(obj is engine.client_optimizer for obj in state.values()) and (
-            engine.client_optimizer is not None
-        )
-        self._others = strategy._besides(engine, state)
-        self._stage = engine.zero_optimization_stage()
-        self._strategy = strategy
-
-    def run(self) -> dict[str, Any]:
-        saved = self._read(self._engine._get_ckpt_name(str(self._folder), _TAG))
-        # of the files that each rank has at stage 3, that of rank 0 counts
-        first = self._read(self._engine._get_ckpt_name(str(self._folder), _TAG, pp_placeholder="0"))
-        own = first.get(_OWN_STATE)
-        if own is None:  # written by another program
-            own = {key: value for key, value in first.items() if key not in _DEEPSPEEDS_KEYS}
-        _validate_keys_for_strict_loading(self._others, own, self._strict)
-        self._check(saved)
-        loaded, _ = self._engine.load_checkpoint(
-            str(self._folder),
-            tag=_TAG,
-            load_module_strict=self._strict,
-            load_optimizer_states=self._with_optimizer,
-            load_lr_scheduler_states=self._with_optimizer and saved.get("lr_scheduler") is not None,
-        )
-        if loaded is None:
-            raise RuntimeError(f"DeepSpeed could not load the checkpoint {str(self._folder)!r}.")
-        own = copy.deepcopy(own)  # not in the file any more
-        for key, obj in self._others.items():
-            if key not in own:
-                continue
-            if is_stateful(obj):
-                obj.load_state_dict(own.pop(key))
-            else:
-                self._state[key] = own.pop(key)
-        self._strategy._engines[self._engine].close()
-        return dict(own)
-
-    def _read(self, name: str) -> dict[str, Any]:
-        """A file of everything but optimizer state, with tensors left in it."""
-        path = Path(name)
-        if not path.is_file():
-            found = sorted(file.name for file in path.parent.glob("*model_states.pt"))
-            raise ValueError(
-                f"The checkpoint {str(self._folder)!r} has no file {path.name!r}, which this rank needs at stage "
-                f"{self._stage}; it has {found}. Load it at the stage, and on as many ranks, as it was saved; or make "
-                "full weights of it with `zero_to_fp32.py` and load those with `fabric.load_raw`."
-            )
-        return torch.load(path, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(path))
-
-    def _check(self, saved: Mapping[str, Any]) -> None:
-        ranks, now = saved.get("dp_world_size"), self._engine.seq_dp_world_size
-        if self._with_optimizer and self._stage and ranks != now and not self._engine.load_universal_checkpoint():
-            raise ValueError(
-                f"The checkpoint's optimizer state is in {ranks} parts, one for each rank that saved it, and there are "
-                f"{now} ranks now. Leave the optimizer out of `state` to load the weights alone, or convert the "
-                "checkpoint with `deepspeed.checkpoint.ds_to_universal`."
-            )
-        if self._stage < 3 and not saved.get("frozen_param_fragments"):
-            name = next(
-                key
-                for key, obj in self._state.items()
-                if isinstance(obj, nn.Module) and self._strategy._engine_of(obj) is self._engine
-            )
-            check_module(self._engine.module, saved["module"], self._strict, f"state[{name!r}]")
