@@ -1,22 +1,40 @@
 """Time and memory of saving and loading a large model, against the leanest bare PyTorch that does the same.
 
 python benchmarks/checkpoint.py [--megabytes 600] [--rounds 5]
+
+"create and fill" is a model made under ``init_module(empty_init=True)``, set up and loaded into. Bare PyTorch makes it
+on the meta device and lets it have the mapped file's pages (``load_state_dict(assign=True)``). That reads nothing yet,
+and the weights stay the file's: whoever overwrites or truncates it changes them, or ends the process. Fabric copies
+them, so that nothing refers to the file afterwards. So the two are also compared where both have weights of their own:
+after each was changed once, as the first step of an optimizer does; and with bare PyTorch that copies them, too.
 """
 
 import argparse
+import ctypes
 import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import peak_extra_megabytes, report, seconds, take_turns
 from torch import nn
 
 from lightning.fabric import Fabric
+from lightning.fabric.testing import on_ranks, preload
+
+preload("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint")
 
 LAYERS, BYTES = 12, 4
+M_MMAP_THRESHOLD = -3
+Task = tuple[Callable[[], object], Callable[[], object], Callable[[], object]]
+
+
+def give_freed_memory_back() -> None:
+    """Have the C library do it at once, so that one side does not live on what another has left (Linux)."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def large(megabytes: int) -> nn.Module:
@@ -24,10 +42,7 @@ def large(megabytes: int) -> nn.Module:
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(LAYERS)))
 
 
-Task = tuple[Callable[[], object], Callable[[], object], Callable[[], object] | None]
-
-
-def tasks(folder: Path, megabytes: int) -> dict[str, Task]:
+def saving_and_loading(folder: Path, megabytes: int) -> dict[str, Task]:
     """Return ``task -> (bare PyTorch, Fabric, what comes before each without being timed)``."""
     fabric = Fabric(accelerator="cpu", devices=1)
     model = large(megabytes)
@@ -36,17 +51,6 @@ def tasks(folder: Path, megabytes: int) -> dict[str, Task]:
 
     def bare_load() -> None:
         model.load_state_dict(torch.load(bare_file, mmap=True, weights_only=True)["model"])
-
-    def bare_create() -> None:
-        with torch.device("meta"):
-            created = large(megabytes)
-        created.to_empty(device="cpu")
-        created.load_state_dict(torch.load(bare_file, mmap=True, weights_only=True)["model"])
-
-    def fabric_create() -> None:
-        with fabric.init_module(empty_init=True):
-            created = large(megabytes)
-        fabric.load(fabric_file, {"model": fabric.setup(created)})
 
     def bare_save() -> None:
         torch.save({"model": model.state_dict()}, bare_file)
@@ -67,8 +71,112 @@ def tasks(folder: Path, megabytes: int) -> dict[str, Task]:
         "save": (bare_save, fabric_save, remove_files),
         "save over an older file": (bare_save, fabric_save, write_files),
         "load": (bare_load, lambda: fabric.load(fabric_file, {"model": wrapped}), write_files),
-        "create and fill": (bare_create, fabric_create, None),
     }
+
+
+# ---- create and fill -------------------------------------------------------------------------------------------------
+
+
+def created_bare(file: Path, megabytes: int, copied: bool = False) -> nn.Module:
+    with torch.device("meta"):
+        model = large(megabytes)
+    state = torch.load(file, mmap=True, weights_only=True)["model"]
+    if copied:
+        state = {name: value.clone() for name, value in state.items()}
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def created_by_fabric(file: Path, megabytes: int, fabric: Fabric) -> nn.Module:
+    with fabric.init_module(empty_init=True):
+        model = large(megabytes)
+    model = fabric.setup(model)
+    fabric.load(file, {"model": model})
+    return model
+
+
+@torch.no_grad()
+def read_once(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.sum()
+
+
+@torch.no_grad()
+def change_once(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(0.5)
+
+
+def creating(folder: Path, megabytes: int, precision: Any) -> dict[str, Task]:
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    file = folder / f"{precision}.pt"
+    torch.save({"model": fabric._precision.convert_module(large(megabytes)).state_dict()}, file)
+    kept: list[nn.Module] = []  # freed where no time is taken
+
+    def then(make: Callable[[], nn.Module], use: Callable[[nn.Module], object] | None) -> Callable[[], None]:
+        def task() -> None:
+            kept.append(make())
+            if use is not None:
+                use(kept[-1])
+
+        return task
+
+    bare = partial(created_bare, file, megabytes)
+    ours = partial(created_by_fabric, file, megabytes, fabric)
+    return {
+        "create and fill": (then(bare, None), then(ours, None), kept.clear),
+        "create, fill, read once": (then(bare, read_once), then(ours, read_once), kept.clear),
+        "create, fill, change once": (then(bare, change_once), then(ours, change_once), kept.clear),
+        "create and fill, both copy": (then(partial(bare, copied=True), None), then(ours, None), kept.clear),
+    }
+
+
+def measured(task: Task, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return the seconds, and the extra megabytes at the most, of both sides."""
+    *sides, before = task
+    ways = dict(zip(("bare", "fabric"), sides, strict=True))
+    memory = {}
+    for name, way in ways.items():
+        before()
+        memory[name] = peak_extra_megabytes(way)
+    return take_turns({name: partial(seconds, way, before) for name, way in ways.items()}, rounds), memory
+
+
+# ---- on two ranks ----------------------------------------------------------------------------------------------------
+
+
+def sharded_by_hand(file: Path, megabytes: int) -> nn.Module:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        model = large(megabytes)
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for part in model:
+        fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    state = torch.load(file, mmap=True, weights_only=True)["model"]
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+    return model
+
+
+def creating_on_ranks(file: Path, megabytes: int, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """On each rank: the seconds, and the extra megabytes at the most, of both sides."""
+    from lightning.fabric.strategies import FSDPStrategy
+
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=FSDPStrategy(auto_wrap_policy={nn.Linear}))
+    fabric.launch()
+    give_freed_memory_back()
+    kept: list[nn.Module] = []
+
+    def before() -> None:
+        kept.clear()
+        fabric.barrier()
+
+    bare, ours = partial(sharded_by_hand, file, megabytes), partial(created_by_fabric, file, megabytes, fabric)
+    return measured((lambda: kept.append(bare()), lambda: kept.append(ours()), before), rounds)
 
 
 def main() -> None:
@@ -77,17 +185,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
+    give_freed_memory_back()
     rows, raw = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        for task, (bare, fabric, before) in tasks(Path(folder), args.megabytes).items():
-            if before is not None:
-                before()
-            memory = {"bare": peak_extra_megabytes(bare), "fabric": peak_extra_megabytes(fabric)}
-            ways = {"bare": partial(seconds, bare, before), "fabric": partial(seconds, fabric, before)}
-            time = take_turns(ways, args.rounds)
-            median = {name: statistics.median(values) for name, values in time.items()}
-            rows.append([task, *median.values(), median["fabric"] / median["bare"], *memory.values()])
-            raw[task] = {"seconds": time, "peak extra MB": memory}
+
+    def add(title: str, time: dict[str, list[float]], memory: dict[str, float]) -> None:
+        median = {name: statistics.median(values) for name, values in time.items()}
+        rows.append([title, *median.values(), median["fabric"] / median["bare"], *memory.values()])
+        raw[title] = {"seconds": time, "peak extra MB": memory}
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tasks = saving_and_loading(folder, args.megabytes) | creating(folder, args.megabytes, "32-true")
+        in_half = creating(folder, args.megabytes, "bf16-true")
+        tasks |= {f"{title}, bf16-true": in_half[title] for title in list(in_half)[-2:]}
+        for title, task in tasks.items():
+            add(title, *measured(task, args.rounds))
+            task[2]()
+        found = on_ranks(2, creating_on_ranks, folder / "32-true.pt", args.megabytes, args.rounds, timeout=1200)[0]
+        add("create and fill, fsdp, 2 ranks", *found)
     header = ["", "bare s", "fabric s", "ratio", "bare extra MB", "fabric extra MB"]
     report("checkpoint", header, rows, tasks=raw, megabytes=args.megabytes)
 

@@ -184,11 +184,11 @@ def train(fabric: Fabric, args: argparse.Namespace, way: Way) -> list[float]:
     batches = endless(loader)
     for step in range(args.steps):
         step_loss = torch.zeros((), device=fabric.device)
-        for number, (tokens, targets) in enumerate(islice(batches, args.accumulate), start=1):
-            with fabric.no_backward_sync(model, enabled=number < args.accumulate):
-                loss = cross_entropy(model(tokens).flatten(0, 1), targets.flatten()) / args.accumulate
+        with fabric.accumulate(model, islice(batches, args.accumulate)) as parts:
+            for tokens, targets in parts:
+                loss = cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
                 fabric.backward(loss)
-            step_loss += loss.detach()
+                step_loss += loss.detach() / args.accumulate
         if not way.clips_itself:
             fabric.clip_gradients(model, optimizer, max_norm=args.max_norm)
         optimizer.step()
@@ -218,7 +218,7 @@ def micro_batches(fabric: Fabric, args: argparse.Namespace) -> DataLoader:
     The order is drawn here, once and for all: taking turns, the ranks then share out a batch that does not depend on
     how many they are.
     """
-    replicas = (fabric.strategy.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+    replicas = fabric.strategy.num_replicas
     size, rest = divmod(args.batch_size, args.accumulate * replicas)
     if rest:
         raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of {args.accumulate} x {replicas} replicas")

@@ -9,16 +9,27 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lightning.fabric.testing import preload
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run fast tests first; skip tests for a GPU where there is none."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run fast tests first; skip tests for a GPU where there is none.
+
+    Several workers begin with the files that have slow tests: none is left with a long one at the end.
+    """
+    several = hasattr(config, "workerinput")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (several and item.path not in slow, item.get_closest_marker("slow") is not None))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Have test modules imported once, in the process that all ranks are forked from."""
+    preload(*dict.fromkeys(item.module.__name__ for item in session.items if isinstance(item, pytest.Function)))
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ ROOT = Path(lightning.fabric.__file__).parent
 PACKAGE = "lightning.fabric"
 ROWS: list[set[str]] = [
     {"_lazy", "utilities"},
+    {"checkpoint"},
     apart := {
         "accelerators",
         "loggers",
@@ -22,7 +23,7 @@ ROWS: list[set[str]] = [
     },
     {"plugins", "strategies.launchers"},
     {"strategies"},
-    {"_checks", "_plan", "connector", "wrappers"},
+    {"_accumulation", "_checks", "_plan", "connector", "observe", "wrappers"},
     {"fabric"},
     {"", "cli", "testing"},  # "" is the package itself: `from lightning.fabric import Fabric`
 ]
@@ -35,6 +36,7 @@ SHARDED = {
     "strategies._fsdp_options",
     "strategies._materialize",
     "strategies._mixed_groups",
+    "strategies._sharded_holding",
     "strategies._sharded_files",
     "strategies._sharded_strategy",
     "strategies._wrap_policy",

@@ -370,7 +370,7 @@ def _synchronised() -> tuple[list[Tensor], bool]:
     module[1].num_batches_tracked.fill_(dist.get_rank() + 5)
     fully_shard(module[2])
     own = local_tensor(module[2].weight).clone()
-    sync_from_rank_zero(module)
+    sync_from_rank_zero(module, torch.device("cpu"))
     values = [*module[0].parameters(), *module[1].parameters(), *module[1].buffers()]
     return [value.detach().contiguous() for value in values], torch.equal(own, local_tensor(module[2].weight))
 

@@ -1,7 +1,7 @@
 """Modules made on the meta device and sharded get the values of a module that was made for real in one process."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -308,6 +308,51 @@ def test_real_tensors_and_attributes_stay() -> None:
     assert not isinstance(model[1].running_mean, nn.Parameter)
 
 
+class Pair(NamedTuple):
+    one: Tensor
+    name: str
+
+
+class WithAttributes(nn.Module):
+    """Tensors that are neither parameters nor buffers, and parameters that are attributes too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.plain = torch.rand(3)
+        self.tables = {"list": [torch.arange(3.0), "text"], "pair": Pair(torch.eye(2), "eye")}
+        self.same = (self.plain,)
+        self.first = self.layer.weight.detach()[0]
+        self.weights = [self.layer.weight]
+        self.tables["itself"] = self.tables
+        self.untouched = ("no", ["tensors"])
+
+
+def test_attributes_get_their_values_and_stay_the_parameters_they_are() -> None:
+    torch.manual_seed(1)
+    expected = WithAttributes()
+    torch.manual_seed(1)
+    with recording_init():
+        model = WithAttributes()
+    lists, untouched = model.tables["list"], model.untouched
+    MetaTensors.of(model).materialize(model, CPU)
+    assert torch.equal(model.plain, expected.plain)
+    assert model.same[0] is model.plain
+    assert model.tables["list"] is lists
+    assert torch.equal(lists[0], expected.tables["list"][0])
+    assert isinstance(model.tables["pair"], Pair)
+    assert torch.equal(model.tables["pair"].one, torch.eye(2))
+    assert torch.equal(model.first, expected.first)
+    assert model.weights[0] is model.layer.weight
+    assert model.untouched is untouched
+    assert dict(model.named_parameters()).keys() == dict(expected.named_parameters()).keys()
+
+
+def test_a_lazy_module_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"without a shape cannot be shared out: '0.weight', '0.bias'.* first forward"):
+        MetaTensors.of(nn.Sequential(nn.LazyLinear(2)))
+
+
 def test_a_reset_does_not_change_what_was_recorded_or_real() -> None:
     torch.manual_seed(1)
     with recording_init():
@@ -322,6 +367,22 @@ def test_a_reset_does_not_change_what_was_recorded_or_real() -> None:
 
 def test_a_module_with_nothing_on_meta_has_nothing_to_materialize() -> None:
     assert not MetaTensors.of(nn.Linear(2, 2))
+
+
+def test_an_attribute_goes_on_being_the_parameter_that_was_shared_out() -> None:
+    assert on_ranks(2, _aliased) == [True, True]
+
+
+def _aliased() -> bool:
+    dist.init_process_group("gloo")
+    models = [WithAttributes()]
+    with recording_init():
+        models.append(WithAttributes())
+    for model in models:
+        meta = MetaTensors.of(model)
+        fully_shard(model)
+        meta.materialize(model, CPU)
+    return all(isinstance(m.layer.weight, DTensor) and m.weights[0] is m.layer.weight for m in models)
 
 
 def test_parts_are_dtensors_of_the_layout_they_had() -> None:

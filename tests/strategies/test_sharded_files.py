@@ -589,7 +589,7 @@ LOADING: dict[str, tuple[Wrong, str]] = {
     ),
     "a missing name": (
         lambda s, p: files.load_checkpoint(s, p, {"gen": _pair_with(more=nn.Linear(1, 1))}),
-        "RuntimeError: Error(s) in loading state_dict for state['gen']; nothing was changed:\n"
+        "RuntimeError: Error(s) in loading state_dict for Pair (state['gen']); nothing was changed:\n"
         '\tMissing key(s) in state_dict: "more.weight".\n\tMissing key(s) in state_dict: "more.bias".',
     ),
     "an unexpected name": (

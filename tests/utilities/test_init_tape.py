@@ -523,25 +523,73 @@ def test_an_error_of_a_callback_leaves_the_generator_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def _agreements(build: Callable[[Holder], None], seed: int) -> list[Tensor]:
+    """What rank 0 would send."""
+    sent: list[Tensor] = []
+    torch.manual_seed(seed)
+    with recording_init():
+        module = Holder(build)
+
+    def send(own: Tensor) -> Tensor:
+        sent.append(own.clone())
+        return own
+
+    fill_from_recordings({next(iter(_tensors(module).values())): lambda value: None}, "cpu", send)
+    return sent
+
+
 def test_ranks_agree_on_the_states_in_one_go() -> None:
     """The other rank's numbers are used, and one's own are kept for later. Rank 0's seed is one that is set inside."""
     torch.manual_seed(1)
     for_real = Holder(_set_by_program)
-    states: list[Tensor] = []
-    torch.manual_seed(1)
-    with recording_init():
-        first = Holder(_set_by_program)
-    fill_from_recordings({first.first.weight: lambda value: None}, "cpu", lambda state: states.append(state) or state)
+    sent = _agreements(_set_by_program, seed=1)
     torch.manual_seed(2)
     with recording_init():
         second = Holder(_set_by_program)
     before = torch.get_rng_state()
     values = {}
     wanted = {tensor: (lambda value, n=name: values.update({n: value})) for name, tensor in _tensors(second).items()}
-    fill_from_recordings(wanted, "cpu", lambda state: states[0])
+    left = sent.copy()
+    fill_from_recordings(wanted, "cpu", lambda own: left.pop(0))
     _assert_same(values, for_real)
-    assert len(states) == 1
+    assert len(sent) == 2  # sizes, and states
+    assert not left
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def _of_values_asked_for(holder: Holder) -> None:
+    """Torch has no such operation on the meta device, so what comes out is a constant of the recording."""
+    holder.register_buffer("base", torch.from_numpy(torch.randn(3, 2).numpy() * 2) + torch.zeros(3, 2))
+    holder.register_buffer("order", torch.randn(5).sort().indices[torch.rand(5) > 2])
+    holder.register_buffer("flag", torch.tensor(torch.rand(()).item() > 0.5))
+
+
+def test_ranks_agree_on_values_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.fabric.utilities.init_tape._BUCKET_BYTES", 10)
+    torch.manual_seed(1)
+    for_real = Holder(_of_values_asked_for)
+    sent = _agreements(_of_values_asked_for, seed=1)
+    torch.manual_seed(2)
+    with recording_init():
+        second = Holder(_of_values_asked_for)
+    values = {}
+    wanted = {tensor: (lambda value, n=name: values.update({n: value})) for name, tensor in _tensors(second).items()}
+    fill_from_recordings(wanted, "cpu", lambda own: sent.pop(0))
+    assert not sent
+    _assert_same(values, for_real)
+
+
+def test_ranks_that_took_other_steps_are_told_so() -> None:
+    def other(holder: Holder) -> None:
+        for _ in range(2):
+            _of_values_asked_for(holder)
+
+    sent = _agreements(_of_values_asked_for, seed=1)
+    with recording_init():
+        second = Holder(other)
+    with pytest.raises(RuntimeError, match="not initialised as that of rank 0.*seed_everything"):
+        fill_from_recordings({second.base: lambda value: None}, "cpu", lambda own: sent.pop(0))
+    assert not sent  # the others do not wait
 
 
 # ---- what there is a recording of ------------------------------------------------------------------------------------

@@ -113,6 +113,16 @@ def test_two_parameters_that_become_one_appear_once() -> None:
     assert [group["params"] for group in optimizer.param_groups] == [[shared], []]
 
 
+def test_a_parameter_that_is_listed_twice_stays_listed_twice() -> None:
+    module = nn.Linear(2, 2, bias=False)
+    optimizer = torch.optim.SGD([module.weight])
+    optimizer.param_groups[0]["params"].append(module.weight)  # torch steps it twice
+    before = parameter_names(module)
+    module.weight = nn.Parameter(torch.ones(2, 2))
+    repoint_optimizers([optimizer], before, module)
+    assert [id(parameter) for parameter in optimizer.param_groups[0]["params"]] == [id(module.weight)] * 2
+
+
 def test_nothing_replaced_leaves_the_optimizer_alone() -> None:
     module = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(module.parameters())

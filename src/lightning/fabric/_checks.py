@@ -75,6 +75,14 @@ def optimizers_to_set_up(optimizers: Sequence[Any]) -> None:
         raise ValueError("The same optimizer is passed twice. Pass each optimizer once.")
 
 
+def way_to_compile(choice: Any) -> None:
+    """What is to become of a compiled module."""
+    if not isinstance(choice, (bool, str)):
+        raise TypeError(f"`_reapply_compile` is True, False or 'blocks', but got {choice!r}. Pass one of them.")
+    if isinstance(choice, str) and choice != "blocks":
+        raise ValueError(f"`_reapply_compile` is True, False or 'blocks', but got {choice!r}. Pass one of them.")
+
+
 def at_least_one(objects: Sequence[Any], verb: str, noun: str) -> None:
     """``verb`` has got something to work on."""
     if not objects:

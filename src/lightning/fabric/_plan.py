@@ -564,9 +564,21 @@ _RULES = (
         "Use strategy='ddp_notebook', or devices=1.",
     ),
     Rule(
+        lambda p: p.precision.startswith("transformer-engine") and p.accelerator != "cuda",
+        ValueError,
+        "precision={p.precision!r} computes in 8-bit floats on NVIDIA GPUs, but the accelerator is {p.accelerator!r}. "
+        "Use accelerator='cuda', or precision='bf16-mixed'.",
+    ),
+    Rule(
         lambda p: p.precision in PRECISIONS and p.precision not in (p.entry.precisions or PRECISIONS),
         ValueError,
         "{p.strategy} cannot compute in precision={p.precision!r}. It can in: {p.precisions}.",
+    ),
+    Rule(
+        lambda p: p.accelerator == "mps" and p.precision == "float8",
+        ValueError,
+        "precision='float8' needs 8-bit floats, which accelerator='mps' does not have. "
+        "Use precision='bf16-mixed', or accelerator='cpu'.",
     ),
     Rule(
         lambda p: p.accelerator == "mps" and p.precision == "64-true",

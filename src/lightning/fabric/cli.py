@@ -13,7 +13,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.fabric.plugins.environments.lightning import keep_network_port
 from lightning.fabric.plugins.precision._table import canonical
 from lightning.fabric.strategies._table import STRATEGIES
 from lightning.fabric.utilities import consolidate_checkpoint
@@ -104,9 +104,13 @@ def _run_parser() -> argparse.ArgumentParser:
         "--main-port",
         "--main_port",
         type=int,
-        help=f"rank 0's port; default {_MAIN_PORT}, or a free one on one machine",
+        help=f"rank 0's port; default {_MAIN_PORT}, on one machine a free one",
     )
     parser.add_argument("--precision", type=_precision, help="32-true, 16-mixed, bf16-mixed, bf16-true, ...")
+    parser.add_argument(
+        "--explain", action="store_true", help="print at the first step of an optimizer how everything was set up"
+    )
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="print that, and end there")
     return parser
 
 
@@ -165,6 +169,7 @@ def outside_values(options: argparse.Namespace) -> dict[str, str]:
         "LT_DEVICES": options.devices,
         "LT_NUM_NODES": options.num_nodes,
         "LT_PRECISION": options.precision,
+        "LT_EXPLAIN": "dry-run" if options.dry_run else "1" if options.explain else None,
     }
     return {"LT_CLI_USED": "1", **{name: str(value) for name, value in given.items() if value is not None}}
 
@@ -215,13 +220,13 @@ def _num_cores() -> int:
 
 
 def _choose_port(options: argparse.Namespace) -> int:
+    if options.main_port is None and options.num_nodes in (None, 1):
+        return keep_network_port()
     wanted = _MAIN_PORT if options.main_port is None else options.main_port
     if not 0 < wanted < 2**16:
         raise ValueError(f"--main-port must be from 1 to 65535, but got {wanted}.")
     if options.node_rank != 0 or not _is_taken(wanted):
         return int(wanted)
-    if options.main_port is None and options.num_nodes in (None, 1):
-        return find_free_network_port()
     raise ValueError(
         f"Port {wanted} of this machine is taken, by another run perhaps. Choose another one with --main-port, "
         "the same on every machine."

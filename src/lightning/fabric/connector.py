@@ -137,6 +137,7 @@ def _build(plan: Plan, accelerator: Accelerator, given: Strategy | None, plugins
     elif plan.precision.value in PRECISIONS and (built._precision is None or plan.precision.because != "default"):
         entry = entry_of(type(given)) if given is not None else STRATEGY_REGISTRY.entry(plan.strategy.value)
         built.precision = build_precision(plan.precision.value, devices[0].type, entry.precision)
+    built.precision.computes_on(devices[0].type)
     if "checkpoint IO" in plugins:
         built.checkpoint_io = plugins["checkpoint IO"]
     if isinstance(built, ParallelStrategy):

@@ -6,9 +6,9 @@ the strategy, the precision or the launcher.
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,12 @@ from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning.fabric import _checks
+from lightning.fabric._accumulation import Accumulation, Reduction, Weight, factors_of
 from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.connector import _PLUGIN_INPUT, _PRECISION_INPUT, _Connector, _is_using_cli
 from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.observe.first_step import AtFirstStep, DryRunIsOver, Ended
+from lightning.fabric.observe.inventory import Inventory, Samplers
 from lightning.fabric.strategies.strategy import Strategy, _Sharded
 from lightning.fabric.utilities import seed as _seed
 from lightning.fabric.utilities.apply_func import (
@@ -26,6 +29,16 @@ from lightning.fabric.utilities.apply_func import (
     convert_tensors_to_scalars,
     convert_to_tensors,
     move_data_to_device,
+)
+from lightning.fabric.utilities.compilation import (
+    Compilation,
+    blocks_to_compile,
+    compile_parts,
+    compile_whole,
+    names_without_compilation,
+    take_out_compiled_parts,
+    uncompiled,
+    without_compilation,
 )
 from lightning.fabric.utilities.data import (
     _auto_add_worker_init_fn,
@@ -42,10 +55,12 @@ from lightning.fabric.wrappers import (
     _FabricDataLoader,
     _FabricModule,
     _FabricOptimizer,
-    _unwrap_compiled,
     _unwrap_objects,
     unwrap,
 )
+
+if TYPE_CHECKING:
+    from lightning.fabric.observe.explanation import Explanation
 
 _T = TypeVar("_T")
 
@@ -107,7 +122,10 @@ class Fabric:
         self._callbacks: list[Any] = [*_as_list(callbacks), *_load_external_callbacks()]
         self._loggers: list[Any] = _as_list(loggers)
         self._models_setup = 0
+        self._accumulation: Accumulation | None = None
         self._launched = False
+        self._inventory = Inventory()
+        self._at_first_step = AtFirstStep.as_asked(os.environ)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A subclass's ``run`` launches first."""
@@ -150,13 +168,21 @@ class Fabric:
         launcher = self._strategy.launcher
         if launcher is None or self._launched:
             return to_run(*args, **kwargs)
-        return launcher.launch(to_run, *args, **kwargs)
+        result = launcher.launch(to_run, *args, **kwargs)
+        if self._at_first_step is not None and not self._launched:
+            self._at_first_step.ranks_have_ended(result)
+        return result
 
     def _wrap_with_setup(self, to_run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Join the processes, then run ``to_run`` while dataloaders and batch samplers record their arguments."""
         self._join()
         with _replace_dunder_methods(DataLoader, "dataset"), _replace_dunder_methods(BatchSampler):
-            return to_run(*args, **kwargs)
+            try:
+                return to_run(*args, **kwargs)
+            except DryRunIsOver:
+                if self._strategy.launcher is None or not self._strategy.launcher.needs_function:
+                    raise
+                return Ended()  # to the process that waits for this one
 
     def _join(self) -> None:
         if not self._launched:
@@ -177,25 +203,30 @@ class Fabric:
         *optimizers: Optimizer,
         scheduler: LRScheduler | None = None,
         move_to_device: bool = True,
-        _reapply_compile: bool = True,
+        _reapply_compile: bool | Literal["blocks"] = True,
     ) -> Any:
         """Prepare a model and its optimizers: convert to the precision, move to the device, wrap for the strategy.
 
         All ranks call it. The optimizers go on updating exactly the parameters that the model uses.
 
         Args:
-            module: the model. If it is ``torch.compile``-d, it is compiled again, with the same options, on the outside
-                of the strategy's wrapper.
+            module: the model. It may be compiled, by ``torch.compile(model)`` or ``model.compile()``. Parts of it that
+                are ``torch.compile(part)`` are replaced by ``part``, compiled in place with the same options.
             optimizers: none, one or several, made from the model's parameters.
             scheduler: a learning-rate scheduler, which some strategies need to see.
             move_to_device: ``False`` leaves the placement of parameters to you.
-            _reapply_compile: ``False`` leaves a compiled model compiled on the inside of the strategy's wrapper.
+            _reapply_compile: what becomes of a compiled model. ``True``: it is compiled again, with the same options,
+                on the outside of the strategy's wrapper (with ``fullgraph=True``: of the model, for wrappers are never
+                a part of the graph). ``"blocks"``: each of its blocks is compiled by itself, with the same options:
+                the units that the strategy was told of, else what ``ModuleList``, ``ModuleDict`` and ``Sequential``
+                repeat. ``False``: it stays compiled as it is, on the inside.
 
         Returns:
             The module alone, ``(module, *optimizers)``, or with ``scheduler`` ``(module, *optimizers, scheduler)``.
 
         Raises:
-            ValueError: if the module or an optimizer is set up already.
+            ValueError: if the module or an optimizer is set up already; if a compiled model has no blocks, or cannot be
+                the one graph that it was to be.
             TypeError: if what is passed is no module or no optimizer.
             RuntimeError: before ``launch`` on several devices.
 
@@ -203,31 +234,38 @@ class Fabric:
         self._require_launch("setup")
         _checks.module_to_set_up(module)
         _checks.optimizers_to_set_up(optimizers)
-        inner, recompile = _unwrap_compiled(module) if _reapply_compile else (module, None)
+        _checks.way_to_compile(_reapply_compile)
+        inner, compilation = without_compilation(module) if _reapply_compile else (module, None)
+        compiled_parts, blocks = take_out_compiled_parts(inner), []
+        if compilation is not None and _reapply_compile == "blocks":
+            blocks = blocks_to_compile(inner, self._strategy.units_to_be(inner))
+            compiled_parts = {**dict.fromkeys(blocks, compilation), **compiled_parts}
 
         inner = self._place(inner, optimizers, move_to_device)
-        original = _unwrap_compiled(inner)[0]
+        original = uncompiled(inner)
+        compile_parts(original, compiled_parts)
         if optimizers or scheduler is not None:
             forward_module, optimizers_, scheduler = self._strategy.setup_module_and_optimizers(
                 inner, list(optimizers), scheduler
             )
         else:
             forward_module, optimizers_ = self._strategy.setup_module(inner), []
-        if recompile is not None:
-            forward_module = recompile(forward_module)
+        if compilation is not None:
+            forward_module = self._compile_again(compilation, forward_module, original, blocks)
 
         wrapped = self._wrap_module(forward_module, original, move_to_device)
         wrapped_optimizers = [self._wrap_optimizer(optimizer) for optimizer in optimizers_]
         if hasattr(original, "_fabric"):  # a LightningModule, which logs and steps through us
             original._fabric = self
             original._fabric_optimizers = wrapped_optimizers
+        self._note_set_up()
         self.call("on_after_setup", fabric=self, module=wrapped)
 
         parts = [wrapped, *wrapped_optimizers, *([] if scheduler is None else [scheduler])]
         return wrapped if len(parts) == 1 else tuple(parts)
 
     def setup_module(
-        self, module: nn.Module, move_to_device: bool = True, _reapply_compile: bool = True
+        self, module: nn.Module, move_to_device: bool = True, _reapply_compile: bool | Literal["blocks"] = True
     ) -> _FabricModule:
         """:meth:`setup` for a model without optimizers: for inference, or before the optimizer is made.
 
@@ -249,7 +287,9 @@ class Fabric:
         self._require_launch("setup_optimizers")
         _checks.at_least_one(optimizers, "setup_optimizers", "optimizer")
         _checks.optimizers_to_set_up(optimizers)
+        self._precision.check_optimizers(optimizers)
         wrapped = tuple(self._wrap_optimizer(self._strategy.setup_optimizer(optimizer)) for optimizer in optimizers)
+        self._note_set_up()
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def setup_dataloaders(
@@ -287,28 +327,43 @@ class Fabric:
             )
             use_distributed_sampler = replace_sampler
         wrapped = [self._setup_dataloader(loader, use_distributed_sampler, move_to_device) for loader in dataloaders]
+        self._note_set_up()
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def _setup_dataloader(
         self, loader: DataLoader[Any], use_distributed_sampler: bool, move_to_device: bool
     ) -> _FabricDataLoader:
         replicas = self._strategy.distributed_sampler_kwargs
+        before = Samplers.of(loader)
         if use_distributed_sampler and replicas is not None:
             loader = distribute_dataloader(loader, **replicas)
         _auto_add_worker_init_fn(loader, self.global_rank)
-        if move_to_device:
-            loader = self._strategy.process_dataloader(loader)
-        return _FabricDataLoader(loader, self.device if move_to_device else None)
+        processed = self._strategy.process_dataloader(loader) if move_to_device else loader
+        wrapped = _FabricDataLoader(processed, self.device if move_to_device else None)
+        self._inventory.add_loader(wrapped, loader, before)
+        return wrapped
 
     def _place(self, module: nn.Module, optimizers: tuple[Any, ...], move_to_device: bool) -> nn.Module:
         """Convert to the precision and move to the device; the optimizers follow where that makes new parameters."""
         before = parameter_names(module)
         module = self._precision.convert_module(module)
+        self._precision.check_optimizers(optimizers)
         if move_to_device:
             _warn_about_several_devices(module, self.device)
             self._strategy.module_to_device(module)
         repoint_optimizers(optimizers, before, module)
         return module
+
+    def _compile_again(
+        self, compilation: Compilation, forward_module: nn.Module, original: nn.Module, blocks: list[str]
+    ) -> nn.Module:
+        """Compile ``forward_module``, unless ``blocks`` are compiled in place of it."""
+        if not blocks:
+            return compile_whole(compilation, forward_module, original, self._strategy.check_one_graph)
+        if compilation.is_one_graph:
+            for block in blocks:
+                self._strategy.check_one_graph(original.get_submodule(block))
+        return forward_module
 
     def _wrap_module(self, forward_module: nn.Module, original: nn.Module, on_our_device: bool) -> _FabricModule:
         wrapped = _FabricModule(forward_module, self._strategy, original_module=original)
@@ -318,10 +373,19 @@ class Fabric:
         if first is not None:
             wrapped._dtype = first.dtype
         self._models_setup += 1
+        self._inventory.add_module(wrapped)
         return wrapped
 
     def _wrap_optimizer(self, optimizer: Any) -> _FabricOptimizer:
-        return _FabricOptimizer(optimizer, self._strategy, self._callbacks)
+        wrapped = _FabricOptimizer(optimizer, self._strategy, self._callbacks)
+        self._inventory.add_optimizer(wrapped)
+        if self._at_first_step is not None:
+            self._at_first_step.wait_for(wrapped, self.explain, self._strategy)
+        return wrapped
+
+    def _note_set_up(self) -> None:
+        if self._at_first_step is not None:
+            self._at_first_step.has_set_up(self.explain(), self._strategy)
 
     # ---- create tensors and models -----------------------------------------------------------------------------------
 
@@ -362,12 +426,84 @@ class Fabric:
         """
         module = None
         if model is not None:
+            model = uncompiled(model)
             _checks.set_up_module(model, "backward(model=...)")
             module = model._forward_module
+        if self._accumulation is not None:
+            tensor = self._accumulation.weigh(tensor)
         if args or kwargs:  # passing on what is empty takes microseconds
             self._strategy.backward(tensor, module, *args, **kwargs)
         else:
             self._strategy.backward(tensor, module)
+
+    @contextmanager
+    def accumulate(
+        self,
+        module: _FabricModule | Iterable[_FabricModule],
+        micro_batches: Iterable[Any],
+        weight: Weight | None = None,
+        reduction: Reduction = "mean",
+    ) -> Iterator[Iterable[Any]]:
+        """Make several micro-batches one step, whose gradient is that of the whole batch, however uneven the parts.
+
+        All ranks enter it, with the same number of micro-batches of whatever sizes. Gradients are synchronised once, in
+        the last backward; they are complete when the context is left::
+
+            for micro_batches in itertools.batched(loader, 4):
+                with fabric.accumulate(model, micro_batches, weight=lambda batch: batch["mask"].sum()) as batches:
+                    for batch in batches:
+                        fabric.backward(mean_loss_per_token(model, batch))
+                fabric.clip_gradients(model, optimizer, max_norm=1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+
+        Args:
+            module: the module that set-up returned, or several that are trained in this step.
+            micro_batches: this rank's part of the batch, in parts. Taken into a list at once.
+            weight: how much each counts, such as its number of tokens or samples: a function of the micro-batch, or a
+                number for each. ``None``: all count the same.
+            reduction: what the loss of a micro-batch is: a ``"mean"`` over as many as its weight says, or a ``"sum"``,
+                which may also be of nothing (a micro-batch of weight 0).
+
+        Returns:
+            The context gives the micro-batches to loop over. Each needs at least one :meth:`backward`.
+
+        Raises:
+            ValueError, TypeError: if weights are negative, infinite or missing, or all are 0.
+            RuntimeError: if ranks have different numbers of micro-batches; if a micro-batch had no backward, or the
+                loop ended early; on the other ranks, if one has a wrong weight.
+
+        """
+        self._require_launch("accumulate")
+        modules = [module] if isinstance(module, nn.Module) else list(module)
+        modules = [uncompiled(each) for each in modules]
+        for each in modules:
+            _checks.set_up_module(each, "accumulate")
+        if self._accumulation is not None:
+            raise RuntimeError(
+                "`fabric.accumulate` is entered already. Leave it first; a step cannot be inside another."
+            )
+        batches = list(micro_batches)
+        factors = factors_of(self._strategy, batches, weight, reduction)
+        accumulation = Accumulation(batches, factors, functools.partial(self._unsynchronised, modules))
+        given = iter(accumulation)
+        self._accumulation = accumulation
+        try:
+            yield given
+            accumulation.require_end()
+        finally:
+            self._accumulation = None
+            given.close()
+
+    @contextmanager
+    def _unsynchronised(self, modules: list[_FabricModule]) -> Iterator[None]:
+        """Where the strategy can leave synchronisation out, it does; elsewhere results are the same."""
+        control = self._strategy._backward_sync_control
+        with ExitStack() as stack:
+            if control is not None:
+                for module in modules:
+                    stack.enter_context(control.no_backward_sync(_forward_module(module), True))
+            yield
 
     def clip_gradients(
         self,
@@ -425,13 +561,13 @@ class Fabric:
         """
         if not enabled:
             return nullcontext()
-        module = _unwrap_compiled(module)[0]
+        module = uncompiled(module)
         _checks.set_up_module(module, "no_backward_sync")
         control = self._strategy._backward_sync_control
         if control is None:
             _warn_without_backward_sync(type(self._strategy).__name__, self.world_size)
             return nullcontext()
-        return control.no_backward_sync(_unwrap_compiled(module._forward_module)[0], enabled)
+        return control.no_backward_sync(uncompiled(module._forward_module), enabled)
 
     # ---- move data ---------------------------------------------------------------------------------------------------
 
@@ -557,7 +693,9 @@ class Fabric:
             _checks.state_filter(filter, state)
         error: Exception | None = None
         try:
-            self._strategy.save_checkpoint(path=path, state=_unwrap_objects(state), filter=filter)
+            unwrapped = _unwrap_objects(state)
+            with names_without_compilation(_modules_in(unwrapped)):
+                self._strategy.save_checkpoint(path=path, state=unwrapped, filter=filter)
         except Exception as raised:
             error = raised
         self._strategy.raise_on_all(error, f"saving {os.fspath(path)!r}")
@@ -594,7 +732,10 @@ class Fabric:
             return self._strategy.load_checkpoint(path=path, state=None, strict=strict, weights_only=weights_only)
         unwrapped = {name: unwrap(value) for name, value in state.items()}
         restored = dict(unwrapped)
-        remainder = self._strategy.load_checkpoint(path=path, state=restored, strict=strict, weights_only=weights_only)
+        with names_without_compilation(_modules_in(unwrapped)):
+            remainder = self._strategy.load_checkpoint(
+                path=path, state=restored, strict=strict, weights_only=weights_only
+            )
         state.update({name: value for name, value in restored.items() if value is not unwrapped.get(name)})
         return remainder
 
@@ -619,7 +760,9 @@ class Fabric:
         """
         self._require_launch("load_raw")
         self._strategy.barrier("fabric.load_raw")
-        self._strategy.load_checkpoint(path=path, state=unwrap(obj), strict=strict, weights_only=weights_only)
+        unwrapped = unwrap(obj)
+        with names_without_compilation(_modules_in({"": unwrapped})):
+            self._strategy.load_checkpoint(path=path, state=unwrapped, strict=strict, weights_only=weights_only)
 
     # ---- log and call back -------------------------------------------------------------------------------------------
 
@@ -663,6 +806,17 @@ class Fabric:
         return _seed.seed_everything(seed, workers=True if workers is None else workers, verbose=verbose)
 
     # ---- ask ---------------------------------------------------------------------------------------------------------
+
+    def explain(self) -> "Explanation":
+        """Describe how this process runs: what was chosen and why, and what set-up made of models and the rest.
+
+        Print it (``fabric.print(fabric.explain())``), or take its :meth:`~Explanation.to_dict`. Any rank may call it,
+        at any time, alone: it tells what is so on this rank, and changes nothing. ``fabric run --explain`` prints it at
+        the first step of an optimizer.
+        """
+        from lightning.fabric.observe.gather import explain  # only a run that asks pays for the import
+
+        return explain(self._connector.plan, self._strategy, self._inventory, self._launched)
 
     @property
     def accelerator(self) -> Accelerator:
@@ -747,9 +901,13 @@ def _as_list(objects: Any) -> list[Any]:
     return list(objects) if isinstance(objects, (list, tuple)) else [objects]
 
 
+def _modules_in(state: Mapping[str, Any]) -> list[nn.Module]:
+    return [value for value in state.values() if isinstance(value, nn.Module)]
+
+
 def _forward_module(module: nn.Module) -> nn.Module:
-    module = _unwrap_compiled(module)[0]
-    return _unwrap_compiled(module._forward_module)[0] if isinstance(module, _FabricModule) else module
+    module = uncompiled(module)
+    return uncompiled(module._forward_module) if isinstance(module, _FabricModule) else module
 
 
 def _warn_about_several_devices(module: nn.Module, target: torch.device) -> None:

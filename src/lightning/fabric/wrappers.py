@@ -7,7 +7,6 @@ that a training step pays for nothing but the call.
 import copy
 import functools
 import inspect
-import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -19,9 +18,18 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader
 
+from lightning.fabric.plugins.precision._dtypes import default_dtype
 from lightning.fabric.plugins.precision.precision import Precision
+from lightning.fabric.strategies._single_file import by_names_of
 from lightning.fabric.strategies.strategy import Strategy
 from lightning.fabric.utilities.apply_func import apply_to_collection, move_data_to_device
+from lightning.fabric.utilities.compilation import (
+    begin_no_graph_with,
+    compile_whole,
+    names_without_compilation,
+    uncompiled,
+    without_compilation,
+)
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.fabric.utilities.init import refuse_unfilled, unfilled
@@ -95,13 +103,15 @@ class _FabricModule(_DeviceDtypeModuleMixin):
         precision = strategy.precision
         own["_precision"] = precision
         own["_is_plain"] = _does_nothing_around_forward(precision)
-        own["_wrapped_by_strategy"] = _unwrap_compiled(forward_module)[0] is not own["_original_module"]
+        own["_wrapped_by_strategy"] = uncompiled(forward_module) is not own["_original_module"]
         own["_dispatch"] = _Dispatch()
         own["_forward_methods"] = {
             name for name in _STEP_METHODS if callable(getattr(own["_original_module"], name, None))
         }
         own["_routes"] = {}
         own["_before_first_use"] = None
+        # where a strategy's wrapper breaks the graph of a compiled forward, they would be graphs without a tensor
+        begin_no_graph_with(default_dtype.__enter__, default_dtype.__exit__)
         if unfilled(own["_original_module"].named_parameters()):
             own["_before_first_use"] = self.register_forward_pre_hook(_refuse_unfilled_module)
 
@@ -158,7 +168,8 @@ class _FabricModule(_DeviceDtypeModuleMixin):
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if self._before_first_use is not None:
             _refuse_unfilled_module(self, args)
-        if self._forward_module is self._original_module:
+        forward_module = self._forward_module
+        if forward_module is self._original_module and forward_module._compiled_call_impl is None:
             return self._run(getattr(self._original_module, name), args, kwargs)
         with self._dispatch.installed(self._original_module):
             return self._run(functools.partial(self._forward_module, **{_METHOD_KEY: name}), args, kwargs)
@@ -191,14 +202,17 @@ class _FabricModule(_DeviceDtypeModuleMixin):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original module's state: keys carry no wrapper's prefix."""
-        return self._strategy.state_dict(self._original_module, *args, **kwargs)
+        with names_without_compilation([self._original_module]):
+            return self._strategy.state_dict(self._original_module, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Load into the original module, each rank its part; keys carry no wrapper's prefix."""
-        if kwargs:
-            return self._original_module.load_state_dict(state_dict, strict=strict, **kwargs)
-        state = cast("dict[str, Any]", state_dict)
-        return self._strategy.load_module_state_dict(self._original_module, state, strict=strict)
+        """Load into the original module, each rank its part; keys may carry the prefix of a compiled module's."""
+        original = self._original_module
+        with names_without_compilation([original]):
+            state = cast("dict[str, Any]", by_names_of(original, state_dict))
+            if kwargs:
+                return original.load_state_dict(state, strict=strict, **kwargs)
+            return self._strategy.load_module_state_dict(original, state, strict=strict)
 
     def _load_from_state_dict(
         self,
@@ -218,7 +232,8 @@ class _FabricModule(_DeviceDtypeModuleMixin):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The original module's parameters under the original's names."""
-        return self._strategy.named_parameters(self._original_module, *args, **kwargs)
+        with names_without_compilation([self._original_module]):
+            return iter(list(self._strategy.named_parameters(self._original_module, *args, **kwargs)))
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         """The original module's buffers under the original's names."""
@@ -233,8 +248,14 @@ class _FabricModule(_DeviceDtypeModuleMixin):
         return self._original_module.named_children()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile in place what the strategy calls."""
-        self._forward_module.compile(*args, **kwargs)
+        """Compile in place, as set-up does with a module that is compiled, and no longer as it was compiled before."""
+        original = self._original_module
+        forward_module = without_compilation(self._forward_module)[0]
+        original.compile(*args, **kwargs)
+        compilation = without_compilation(original)[1]
+        if compilation is not None:
+            forward_module = compile_whole(compilation, forward_module, original, self._strategy.check_one_graph)
+        self.__dict__["_forward_module"] = forward_module
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients, wherever the strategy keeps them."""
@@ -267,7 +288,9 @@ class _FabricModule(_DeviceDtypeModuleMixin):
         """One callable per name and way, made when it is first asked for."""
         route = self._routes.get(name)
         if route is None or route.func.__func__ is not through.__func__:  # type: ignore[attr-defined]
-            route = self._routes[name] = functools.partial(through, name)
+            route = functools.partial(through, name)
+            if not torch.compiler.is_dynamo_compiling():  # which would compile again for a dict that has changed
+                self._routes[name] = route
         return route
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -492,15 +515,8 @@ def _unwrap_compiled(module: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]
 
     ``None`` in the second place says that the module was not compiled.
     """
-    if not _is_compiled(module):
-        return module, None
-    return module._orig_mod, module.dynamo_ctx
-
-
-def _is_compiled(module: Any) -> bool:
-    # importing the class costs a second, and where nobody has imported it nothing can be compiled
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    inner = uncompiled(module)
+    return inner, None if inner is module else module.dynamo_ctx
 
 
 def unwrap(obj: Any) -> Any:
@@ -511,7 +527,7 @@ def unwrap(obj: Any) -> Any:
         return obj._optimizer
     elif isinstance(obj, _FabricDataLoader):
         return obj._dataloader
-    return _unwrap_compiled(obj)[0]
+    return uncompiled(obj)
 
 
 def _unwrap_objects(collection: Any) -> Any:
@@ -523,4 +539,4 @@ def _unwrap_objects(collection: Any) -> Any:
 
 def is_wrapped(obj: object) -> bool:
     """Whether ``obj`` is a module, optimizer or dataloader that Fabric has set up."""
-    return isinstance(_unwrap_compiled(obj)[0], (_FabricModule, _FabricOptimizer, _FabricDataLoader))
+    return isinstance(uncompiled(obj), (_FabricModule, _FabricOptimizer, _FabricDataLoader))

@@ -1,9 +1,15 @@
 import socket
+import sys
 
 import pytest
+from torch.distributed import TCPStore
 
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.fabric.plugins.environments.lightning import (
+    find_free_network_port,
+    keep_network_port,
+    release_network_port,
+)
 
 VARIABLES = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
@@ -51,13 +57,14 @@ class TestPort:
         port = environment.main_port
         assert environment.main_port == port
         with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("127.0.0.1", port))
+            listener.listen()
+        environment.teardown()
 
     def test_is_forgotten_at_teardown(self, monkeypatch):
         ports = iter([1111, 2222])
-        monkeypatch.setattr(
-            "lightning.fabric.plugins.environments.lightning.find_free_network_port", lambda: next(ports)
-        )
+        monkeypatch.setattr("lightning.fabric.plugins.environments.lightning.keep_network_port", lambda: next(ports))
         environment = LightningEnvironment()
         assert environment.main_port == 1111
         environment.teardown()
@@ -67,6 +74,17 @@ class TestPort:
         with socket.socket() as listener:
             listener.bind(("", 0))
             assert find_free_network_port() != listener.getsockname()[1]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not know ports that are kept")
+    def test_a_kept_port_is_nobody_elses(self):
+        port = keep_network_port()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", port))
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        store.set("torch's store", "can listen on it")
+        del store
+        release_network_port(port)
+        release_network_port(port)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,18 @@
-import pytest
+import importlib
 
-from lightning.fabric.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
-from lightning.fabric.plugins.precision._table import PRECISIONS, build_precision, canonical
+import pytest
+import torch
+from tests import transformer_engine_stand_in as stand_in
+
+from lightning.fabric.plugins.precision import (
+    DoublePrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+    TransformerEnginePrecision,
+)
+from lightning.fabric.plugins.precision._table import _TABLE, PRECISIONS, build_precision, canonical
+from lightning.fabric.utilities.imports import package_available
 
 
 class TestCanonical:
@@ -50,7 +61,27 @@ class TestBuild:
     def test_mixed_precision_computes_on_the_device_type(self):
         assert build_precision("bf16-mixed", "cuda").device == "cuda"
 
+    @pytest.mark.parametrize(
+        ("name", "dtype"), [("transformer-engine", torch.bfloat16), ("transformer-engine-float16", torch.float16)]
+    )
+    def test_names_of_the_transformer_engine(self, name, dtype, monkeypatch):
+        package_available.cache_clear()
+        stand_in.install(monkeypatch)
+        precision = build_precision(name, "cuda")
+        package_available.cache_clear()
+        assert type(precision) is TransformerEnginePrecision
+        assert precision.precision == name
+        assert precision.weights_dtype == precision.fallback_compute_dtype == dtype
+
+    @pytest.mark.skipif(package_available("transformer_engine"), reason="the package is here")
     @pytest.mark.parametrize("name", ["transformer-engine", "transformer-engine-float16"])
-    def test_a_known_name_without_a_plugin_names_what_works(self, name):
-        with pytest.raises(NotImplementedError, match=f"'{name}' is not available .* 'bf16-mixed'"):
+    def test_without_its_package_a_name_says_how_to_get_it(self, name):
+        with pytest.raises(
+            ModuleNotFoundError, match=r'needs the package `transformer_engine`.*"transformer-engine\[py'
+        ):
             build_precision(name, "cuda")
+
+    @pytest.mark.parametrize("name", PRECISIONS)
+    def test_every_name_is_that_of_a_class(self, name):
+        module, _, cls = _TABLE[name].target.partition(":")
+        assert issubclass(getattr(importlib.import_module(module), cls), Precision)

@@ -1,9 +1,17 @@
 """The contract of an accelerator."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+
+class Memory(NamedTuple):
+    """In bytes: what is in use now, and the most that ever was; None: not known."""
+
+    now: int | None
+    peak: int | None
+    what: str  # that is counted, in words
 
 
 class Accelerator(ABC):
@@ -42,6 +50,10 @@ class Accelerator(ABC):
     @abstractmethod
     def is_available() -> bool:
         """Tell whether this machine has the hardware and torch can use it."""
+
+    def memory(self, device: torch.device) -> Memory | None:
+        """Return how much memory this process has in use on ``device``; None where that cannot be told."""
+        return None
 
     @classmethod
     def name(cls) -> str:

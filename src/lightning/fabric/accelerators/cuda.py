@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.accelerators.accelerator import Accelerator, Memory
 from lightning.fabric.utilities.device_parser import parse_gpu_devices
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
@@ -24,6 +24,11 @@ class CUDAAccelerator(Accelerator):
 
     def teardown(self) -> None:
         torch.cuda.empty_cache()
+
+    def memory(self, device: torch.device) -> Memory | None:
+        """Of torch's tensors, without what its allocator keeps in reserve."""
+        now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return Memory(now, peak, f"tensors on {device}")
 
     @staticmethod
     def parse_devices(devices: Any) -> list[int]:

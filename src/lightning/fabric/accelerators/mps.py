@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.accelerators.accelerator import Accelerator, Memory
 from lightning.fabric.utilities.device_parser import parse_mps_devices
 
 
@@ -19,6 +19,12 @@ class MPSAccelerator(Accelerator):
     def teardown(self) -> None:
         if self.is_available():
             torch.mps.empty_cache()
+
+    def memory(self, device: torch.device) -> Memory | None:
+        """Of torch's tensors; the system does not say what the peak was."""
+        if not self.is_available():
+            return None
+        return Memory(torch.mps.current_allocated_memory(), None, f"tensors on {device}")
 
     @staticmethod
     def parse_devices(devices: Any) -> list[int]:

@@ -1,14 +1,16 @@
 """What a DeepSpeed engine has done since its last step, and how it is undone."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 
 class Window:
     """What has happened in an engine since its last step."""
 
-    def __init__(self, scheduler: Any = None) -> None:
+    def __init__(self, scheduler: Any = None, groups: Sequence[Sequence[Any]] = ()) -> None:
         self.backwards = 0
+        self.groups = [list(group) for group in groups]  # the parameters that the optimizer was given
         self._scheduler = scheduler
         self._schedulers_step = getattr(scheduler, "last_epoch", None)
 

@@ -283,19 +283,33 @@ def _is_whole(value: Any, parameter: DTensor) -> bool:
     return plain and value.ndim > 0 and value.shape == parameter.shape
 
 
+def plain_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers that are not split, and have memory."""
+    tensors = (*module.parameters(), *module.buffers())
+    return [tensor for tensor in tensors if not isinstance(tensor, DTensor) and not tensor.is_meta]
+
+
+def move_plain_tensors(module: nn.Module, device: torch.device) -> None:
+    """Bring what is not split to ``device``; parameters and buffers stay the same objects."""
+    for tensor in plain_tensors(module):
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
+
+
 @torch.no_grad()
-def sync_from_rank_zero(module: nn.Module, group: Any = None) -> None:
+def sync_from_rank_zero(module: nn.Module, device: torch.device, group: Any = None) -> None:
     """Collective over ``group`` (None: everyone): plain parameters and buffers as on its first rank, in place.
 
-    What is split already, or on the meta device, is left alone. Tensors travel in buckets of 25 MiB.
+    What is split already, or on the meta device, is left alone. Tensors travel from ``device`` in buckets of 25 MiB.
+    What is elsewhere stays there, and passes through ``device`` one by one.
     """
-    plain = [
-        tensor.detach()
-        for tensor in (*module.parameters(), *module.buffers())
-        if not isinstance(tensor, DTensor) and not tensor.is_meta
-    ]
-    if plain:
-        group = group if group is not None else dist.group.WORLD
-        dist._broadcast_coalesced(  # type: ignore[attr-defined]
-            group, plain, _BUCKET_BYTES, 0
-        )
+    group = group if group is not None else dist.group.WORLD
+    tensors = [tensor.detach() for tensor in plain_tensors(module)]
+    here = [tensor for tensor in tensors if tensor.device == device]
+    if here:
+        dist._broadcast_coalesced(group, here, _BUCKET_BYTES, 0)  # type: ignore[attr-defined]
+    for tensor in tensors:
+        if tensor.device != device:
+            sent = tensor.to(device).contiguous()
+            dist.broadcast(sent, group=group, group_src=0)
+            tensor.copy_(sent)

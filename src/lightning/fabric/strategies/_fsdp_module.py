@@ -13,6 +13,7 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 
 from lightning.fabric.strategies.strategy import _NO_CONTEXT, _BackwardSyncControl
+from lightning.fabric.utilities.compilation import uncompiled
 
 
 class FSDPRoot(nn.Module):
@@ -113,7 +114,7 @@ class FSDPBackwardSync(_BackwardSyncControl):
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         if not enabled:
             return _NO_CONTEXT
-        root = module if isinstance(module, FSDPRoot) else getattr(module, "_orig_mod", module)
+        root = module if isinstance(module, FSDPRoot) else uncompiled(module)
         if not isinstance(root, FSDPRoot):
             raise TypeError(
                 f"`no_backward_sync` needs the module that `setup_module` returned, but got {type(module).__name__}. "

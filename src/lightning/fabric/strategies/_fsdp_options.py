@@ -272,6 +272,11 @@ class Casting:
         """For a unit that computes in ``stored`` between others that do not."""
         return MixedPrecisionPolicy(stored, output_dtype=self.unit.param_dtype)
 
+    def of_kept(self, is_outermost: bool) -> MixedPrecisionPolicy:
+        """For a unit that is kept in 32 bit: it casts its inputs itself."""
+        output_dtype = self.unit.param_dtype if is_outermost else None
+        return MixedPrecisionPolicy(torch.float32, torch.float32, output_dtype, cast_forward_inputs=False)
+
 
 def when_to_reshard(strategy: ShardingStrategy, options: FSDPOptions) -> bool | int | None:
     """Whether a unit is whole only while it runs; None: so, except what is outside of all units."""

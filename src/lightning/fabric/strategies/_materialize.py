@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,9 @@ class _Place(NamedTuple):
 class MetaTensors:
     """What a module has on the meta device, remembered before it is sharded: then it can be materialised afterwards.
 
+    That is parameters, buffers, and tensors that are attributes of a submodule, also in lists, tuples and dicts. An
+    attribute that is a parameter too, on whichever device, goes on being it.
+
         meta = MetaTensors.of(module)
         ...                                   # fully_shard, parallelize_module: in place
         if meta:
@@ -47,17 +51,34 @@ class MetaTensors:
     Submodules stay the same objects meanwhile, their parameters need not.
     """
 
-    def __init__(self, tensors: dict[_Place, Tensor]) -> None:
+    def __init__(self, tensors: dict[_Place, Tensor], attributes: list[Tensor], aliases: dict[_Place, Tensor]) -> None:
         self._tensors = tensors
+        self._attributes = attributes
+        self._aliases = aliases
 
     @classmethod
     def of(cls, module: nn.Module) -> "MetaTensors":
-        """Remember what is on the meta device in ``module`` and its submodules."""
-        return cls({place: place.tensor() for place in _meta_places(module)})
+        """Remember what is on the meta device in ``module`` and its submodules.
+
+        Raises:
+            ValueError: if a parameter is lazy (``nn.LazyLinear`` and the like): what has no shape cannot be sharded.
+
+        """
+        lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+        if lazy:
+            raise ValueError(
+                f"Parameters without a shape cannot be shared out: {', '.join(map(repr, lazy))} get theirs in the "
+                "first forward. Run one before the module is set up, or use the layers that are told the sizes."
+            )
+        attributes = _tensors_in_attributes(module)
+        aliases = {place: place.tensor() for place in _places(module) if place.tensor() in attributes}
+        attributes -= set(aliases.values())
+        recorded = [tensor for tensor in attributes if tensor.is_meta and is_recorded(tensor)]
+        return cls({place: place.tensor() for place in _meta_places(module)}, recorded, aliases)
 
     def __bool__(self) -> bool:
-        """Whether anything is."""
-        return bool(self._tensors)
+        """Whether there is anything to do."""
+        return bool(self._tensors or self._attributes or self._aliases)
 
     def materialize(
         self,
@@ -99,13 +120,15 @@ class MetaTensors:
         if param_init_fn is None:
             _check_reset_parameters(others)
         _allocate(module, device)
-        _fill_recorded(sources, compute_on, agree)
+        attributes = {tensor: _empty_like(tensor, device) for tensor in self._attributes}
+        _fill_recorded(sources, attributes, compute_on, agree)
+        _replace_attributes(module, attributes | {former: place.tensor() for place, former in self._aliases.items()})
         if others:
             with _common_random_numbers(compute_on, agree):
                 for submodule, names in others.items():
                     _initialize(submodule, names, compute_on, param_init_fn)
-        sources.clear()
-        self._tensors.clear()
+        for finished in (sources, attributes, self._tensors, self._attributes, self._aliases):
+            finished.clear()
         forget_what_is_gone()
 
     def _recorded(self, module: nn.Module) -> dict[_Place, Tensor]:
@@ -122,13 +145,17 @@ class MetaTensors:
         return found
 
 
-def _meta_places(module: nn.Module) -> list[_Place]:
+def _places(module: nn.Module) -> list[_Place]:
     return [
         _Place(submodule, name)
         for submodule in module.modules()
         for name, tensor in (*submodule._parameters.items(), *submodule._buffers.items())
-        if tensor is not None and tensor.is_meta and not is_lazy(tensor)
+        if tensor is not None
     ]
+
+
+def _meta_places(module: nn.Module) -> list[_Place]:
+    return [place for place in _places(module) if place.tensor().is_meta]
 
 
 def _by_module(places: Iterable[_Place]) -> dict[nn.Module, list[str]]:
@@ -166,7 +193,8 @@ def _allocate(module: nn.Module, device: torch.device) -> None:
         if old not in new:
             new[old] = _empty_like(old, device)
         setattr(place.module, place.name, new[old])  # some modules keep lists of their parameters up to date by this
-    module._apply(lambda tensor: tensor)  # by this, `fully_shard` learns of the new ones
+    if new:
+        module._apply(lambda tensor: tensor)  # by this, `fully_shard` learns of the new ones
 
 
 def _empty_like(old: Tensor, device: torch.device) -> Tensor:
@@ -179,20 +207,79 @@ def _empty_like(old: Tensor, device: torch.device) -> Tensor:
     return new
 
 
+# ---- attributes ------------------------------------------------------------------------------------------------------
+
+_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))  # where torch keeps parameters, hooks and so on
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    for submodule in module.modules():
+        for name, value in list(vars(submodule).items()):
+            if name not in _OWN_ATTRIBUTES:
+                yield submodule, name, value
+
+
+def _tensors_in_attributes(module: nn.Module) -> set[Tensor]:
+    found: set[Tensor] = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        found.add(tensor)
+        return tensor
+
+    for _, _, value in _attributes(module):
+        _replace_in(value, note, set())
+    return found
+
+
+def _replace_attributes(module: nn.Module, replaced: Mapping[Tensor, Tensor]) -> None:
+    for submodule, name, value in _attributes(module):
+        new = _replace_in(value, lambda tensor: replaced.get(tensor, tensor), set())
+        if new is not value:
+            vars(submodule)[name] = new
+
+
+def _replace_in(tree: Any, new: Callable[[Tensor], Tensor], seen: set[int]) -> Any:
+    """Return ``tree`` with ``new`` of its tensors: lists and dicts themselves, tuples only if nothing in them changes.
+
+    Else, a new tuple.
+    """
+    if isinstance(tree, Tensor):
+        return new(tree)
+    if not isinstance(tree, (list, tuple, dict)) or id(tree) in seen:
+        return tree
+    seen.add(id(tree))
+    if isinstance(tree, tuple):
+        items = [_replace_in(item, new, seen) for item in tree]
+        if all(map(is_, items, tree)):
+            return tree
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    for key, item in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
+        changed = _replace_in(item, new, seen)
+        if changed is not item:
+            tree[key] = changed
+    return tree
+
+
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-def _fill_recorded(sources: Mapping[_Place, Tensor], device: torch.device, agree: _Agree) -> None:
-    places: dict[Tensor, list[_Place]] = {}
+def _fill_recorded(
+    sources: Mapping[_Place, Tensor], attributes: Mapping[Tensor, Tensor], device: torch.device, agree: _Agree
+) -> None:
+    """Fill the places of ``sources``, and what is to take the place of ``attributes``."""
+    places: dict[Tensor, list[_Place]] = {source: [] for source in attributes}
     for place, source in sources.items():
         places.setdefault(source, []).append(place)
-    fill_from_recordings({source: _keeps_part(places[source]) for source in places}, device, agree)
+    wanted = {source: _keeps_part(places[source], attributes.get(source)) for source in places}
+    fill_from_recordings(wanted, device, agree)
 
 
-def _keeps_part(places: list[_Place]) -> Callable[[Tensor], None]:
+def _keeps_part(places: list[_Place], attribute: Tensor | None) -> Callable[[Tensor], None]:
     def keep_part(whole: Tensor) -> None:
         for tensor in {place.tensor() for place in places}:
             _copy_part(whole, tensor)
+        if attribute is not None:
+            _copy_part(whole, attribute)
 
     return keep_part
 

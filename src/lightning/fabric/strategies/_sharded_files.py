@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.modules.module import _IncompatibleKeys
@@ -28,11 +27,15 @@ from torch.optim import Optimizer
 from lightning.fabric.strategies._dtensor import distribute_like, full_tensor, local_shard, local_tensor
 from lightning.fabric.strategies._single_file import (
     _apply_filter,
-    _prefixes_of_custom_loading,
-    _size_mismatches,
     _validate_keys_for_strict_loading,
+    by_names_of,
+    check_module,
     check_optimizer,
     is_stateful,
+    loads_in_its_own_way,
+    misfit,
+    prefixes_of_custom_loading,
+    wrong_names,
 )
 from lightning.fabric.strategies.parallel import ParallelStrategy
 from lightning.fabric.strategies.strategy import _read
@@ -352,17 +355,17 @@ def load_full_module_state(module: nn.Module, state_dict: Mapping[str, Any], str
 
     """
     title = type(module).__name__
-    _check_module(module, state_dict, strict, title)
+    check_module(module, state_dict, strict, title)
     return _copy_into(module, state_dict, strict, title)
 
 
 def _copy_into(module: nn.Module, saved: Mapping[str, Any], strict: bool, title: str) -> _IncompatibleKeys:
     own = module.state_dict()
-    if _loads_in_its_own_way(module):
+    if loads_in_its_own_way(module):
         laid_out = {name: _laid_out(value, own.get(name)) for name, value in saved.items()}
         result: _IncompatibleKeys = module.load_state_dict(_like(saved, laid_out), strict=strict)
         return result
-    customs = _custom_prefixes(module)
+    customs = prefixes_of_custom_loading(module)
     left = {
         name: _laid_out(value, own.get(name))
         for name, value in saved.items()
@@ -381,13 +384,14 @@ def _load_parts(
     module: nn.Module, left: dict[str, Any], saved: Mapping[str, Any], strict: bool, title: str
 ) -> _IncompatibleKeys:
     """Hand ``left`` to the parts of ``module`` that load in their own way; what they miss is only known then."""
-    customs = _custom_prefixes(module)
+    customs = prefixes_of_custom_loading(module)
     if not left and not customs:
         return _IncompatibleKeys([], [])
     missing, unexpected = module.load_state_dict(_like(saved, left), strict=False)
     missing = [name for name in missing if name.startswith(customs)]
     if strict and (missing or unexpected):
-        raise RuntimeError(_misfit(title, _wrong_names(missing, unexpected), "parts that load in their own way were"))
+        problems = wrong_names(missing, unexpected)
+        raise RuntimeError(misfit(module, title, problems, "parts that load in their own way were"))
     return _IncompatibleKeys(missing, unexpected)
 
 
@@ -649,7 +653,8 @@ def _load_bare(
         )
     saved, _ = _read(strategy.checkpoint_io, path, weights_only, mmap=True)
     if isinstance(obj, nn.Module):
-        load_full_module_state(strategy._module_with_state(obj), saved, strict)
+        module = strategy._module_with_state(obj)
+        load_full_module_state(module, by_names_of(module, saved), strict)
     else:
         load_full_optimizer_state(obj, saved)
 
@@ -670,9 +675,9 @@ def _prepare_from_file(
         )
     _validate_keys_for_strict_loading(keys, saved.keys(), strict)
     optimizers = {}
-    for key, module in parts.modules.items():
-        if key in saved:
-            _check_module(module, saved[key], strict, f"state[{key!r}]")
+    states = {key: by_names_of(module, saved[key]) for key, module in parts.modules.items() if key in saved}
+    for key, state in states.items():
+        check_module(parts.modules[key], state, strict, f"state[{key!r}]")
     for key, optimizer in parts.optimizers.items():
         if key in saved:
             optimizers[key] = _numbered(parts, key, saved[key])
@@ -680,9 +685,8 @@ def _prepare_from_file(
 
     def restore() -> dict[str, Any]:
         with torch.no_grad():
-            for key, module in parts.modules.items():
-                if key in saved:
-                    _copy_into(module, saved[key], strict, f"state[{key!r}]")
+            for key, state in states.items():
+                _copy_into(parts.modules[key], state, strict, f"state[{key!r}]")
         for key, state in optimizers.items():
             load_full_optimizer_state(parts.optimizers[key], state)
         rest = {key: saved[key] for key in parts.rest if key in saved}
@@ -746,7 +750,7 @@ def _check_keys(folder: ShardedFolder, parts: _Parts, strict: bool) -> _Parts:
     for key in stateful:
         if key in keys:
             saved = {place[0]: folder.blank(name, "meta") for name, place in folder.below(key)}
-            _check_module(parts.modules[key], saved, strict, f"state[{key!r}]", by_itself=False)
+            check_module(parts.modules[key], saved, strict, f"state[{key!r}]", by_itself=False)
     return _Parts(
         {key: parts.modules[key] for key in stateful if key in keys},
         {key: optimizer for key, optimizer in parts.optimizers.items() if key in keys},
@@ -815,7 +819,7 @@ def _targets(folder: ShardedFolder, key: str, module: nn.Module) -> dict[str, Te
 def _load_what_is_not_in_place(module: nn.Module, loaded: Mapping[str, Any]) -> None:
     """Hand the module what it loads in its own way, now that tensors have been read into it."""
     own = module.state_dict()
-    customs = ("",) if _loads_in_its_own_way(module) else _custom_prefixes(module)
+    customs = ("",) if loads_in_its_own_way(module) else prefixes_of_custom_loading(module)
     left = {
         name: value
         for name, value in loaded.items()
@@ -823,63 +827,3 @@ def _load_what_is_not_in_place(module: nn.Module, loaded: Mapping[str, Any]) -> 
     }
     if left:
         module.load_state_dict(_like(own, left), strict=False)
-
-
-# -- checks
-
-
-def _check_module(module: nn.Module, saved: Any, strict: bool, title: str, by_itself: bool = True) -> None:
-    """Raise ``RuntimeError`` for keys and shapes that do not fit, before a part of the module is changed.
-
-    Where a module has its own way of loading only that can tell about shapes; and about names, if it loads
-    ``by_itself``.
-    """
-    if not isinstance(saved, Mapping):
-        raise TypeError(f"The checkpoint has {type(saved).__name__} where the state dict of {title} should be.")
-    own = module.state_dict()
-    _refuse_meta(own, title)
-    customs = ("",) if _loads_in_its_own_way(module) else _custom_prefixes(module)
-    sizes = [text for text in _size_mismatches(own, saved) if not text.split('"')[1].startswith(customs)]
-    missing = [name for name in own if name not in saved and not (by_itself and name.startswith(customs))]
-    unexpected = [name for name in saved if name not in own and not (by_itself and name.startswith(customs))]
-    problems = [*(_wrong_names(missing, unexpected) if strict else ()), *sizes]
-    if problems:
-        raise RuntimeError(_misfit(title, problems, "nothing was"))
-
-
-def _wrong_names(missing: Iterable[str], unexpected: Iterable[str]) -> list[str]:
-    return [
-        *(f'Missing key(s) in state_dict: "{name}".' for name in missing),
-        *(f'Unexpected key(s) in state_dict: "{name}".' for name in unexpected),
-    ]
-
-
-def _misfit(title: str, problems: list[str], what_was: str) -> str:
-    return f"Error(s) in loading state_dict for {title}; {what_was} changed:\n\t" + "\n\t".join(problems)
-
-
-def _refuse_meta(own: Mapping[str, Any], title: str) -> None:
-    on_meta = [name for name, value in own.items() if isinstance(value, Tensor) and value.is_meta]
-    if on_meta:
-        raise RuntimeError(
-            f"{title} has parameters on the meta device, which have no memory to load into: {on_meta[:10]}. "
-            "Set the module up first, with `fabric.setup(...)`."
-        )
-
-
-def _loads_in_its_own_way(module: nn.Module) -> bool:
-    """Whether loading goes through code of the user's, which may rename or keep what it is given."""
-    hooks = (
-        hook
-        for part in module.modules()
-        for hook in (*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values())
-    )
-    return type(module).load_state_dict is not nn.Module.load_state_dict or any(
-        # sharding and checkpointing of activations have hooks too, which keep the names
-        not getattr(hook, "__module__", "").startswith("torch.distributed.")
-        for hook in hooks
-    )
-
-
-def _custom_prefixes(module: nn.Module) -> tuple[str, ...]:
-    return tuple(prefix.replace(_CHECKPOINT_PREFIX, "") for prefix in _prefixes_of_custom_loading(module))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning.fabric.accelerators.accelerator import Accelerator
@@ -16,6 +17,8 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.precision.precision import Precision
 from lightning.fabric.strategies import _sharded_files
 from lightning.fabric.strategies._dtensor import clip_norm, clip_value
+from lightning.fabric.strategies._holding import Holding, copy_on_each
+from lightning.fabric.strategies._sharded_holding import holdings_of
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.fabric.strategies.parallel import ParallelStrategy
 from lightning.fabric.utilities.types import _PATH
@@ -160,6 +163,25 @@ class ShardedStrategy(ParallelStrategy, ABC):
 
     def load_optimizer_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         _sharded_files.load_full_optimizer_state(optimizer, state_dict)
+
+    # -- what was done
+
+    def holdings(self, module: nn.Module, forward_module: nn.Module) -> list[Holding]:
+        return holdings_of(module, forward_module, self._holding_of_plain)
+
+    def _holding_of_plain(self, name: str, parameter: Tensor) -> Holding:
+        return Holding.all_of(name, parameter, copy_on_each(self.world_size))
+
+    def is_unit(self, part: nn.Module) -> bool:
+        return isinstance(part, FSDPModule)
+
+    def remarks(self) -> list[str]:
+        mesh = self._device_mesh
+        if mesh is None:
+            return super().remarks()
+        axes = zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)
+        shown = ", ".join(f"{name!r} of {size}" for name, size in axes)
+        return [*super().remarks(), f"The ranks are a mesh with the axes {shown}."]
 
     # -- end
 

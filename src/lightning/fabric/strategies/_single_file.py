@@ -1,6 +1,7 @@
 """State in one file: objects to state dicts and back, everything checked before anything is changed."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.fabric.utilities.compilation import PREFIX, name_without_compilation
+
+_CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."  # what torch puts into the names of modules, but not into keys
 
 
 def _validate_keys_for_strict_loading(
@@ -50,50 +54,110 @@ def is_stateful(obj: Any) -> bool:
     return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
 
 
-def check_module(module: nn.Module, saved: Any, strict: bool, name: str) -> None:
+def by_names_of(module: nn.Module, saved: Any) -> Any:
+    """Return the state dict ``saved`` by the names of ``module``, where they differ in which parts are compiled."""
+    if not isinstance(saved, Mapping):
+        return saved
+    own = module.state_dict(keep_vars=True).keys()
+    if not any(PREFIX in str(key) for key in (*own, *saved)):
+        return saved
+    own_name = {name_without_compilation(key): key for key in own}
+    renamed = OrderedDict(
+        (key if key in own else own_name.get(name_without_compilation(key), key), value) for key, value in saved.items()
+    )
+    if len(renamed) < len(saved):
+        return saved  # has both of some names, so what is surplus is to be named
+    if hasattr(saved, "_metadata"):
+        metadata = {name_without_compilation(key): value for key, value in saved._metadata.items()}
+        names = [name for name, _ in module.named_modules()]
+        own_metadata = {name: metadata.get(name_without_compilation(name)) for name in names}
+        renamed._metadata = {name: value for name, value in own_metadata.items() if value}  # type: ignore[attr-defined]
+    return renamed
+
+
+def check_module(module: nn.Module, saved: Any, strict: bool, name: str, by_itself: bool = True) -> None:
     """Raise what ``load_state_dict`` would raise for keys and shapes, before it has changed a part of the module.
 
-    Where a module has its own way of loading, only that can tell, and the decision is left to it.
+    Where a module has its own way of loading, only that can tell about shapes, and about keys if it loads
+    ``by_itself``: the decision is left to it. ``name`` is what the user calls the module. Tensors of ``saved`` may be
+    on the meta device, but not those of ``module``: loading would leave them as they are.
     """
     if not isinstance(saved, Mapping):
         raise TypeError(f"The checkpoint has {type(saved).__name__} where the state dict of {name} should be.")
-    if type(module).load_state_dict is not nn.Module.load_state_dict or _rewrites_keys(module):
-        return
     own = module.state_dict()
-    custom = _prefixes_of_custom_loading(module)
-    problems = []
-    if strict:
-        problems += [f'Missing key(s) in state_dict: "{key}".' for key in own if key not in saved]
-        problems += [f'Unexpected key(s) in state_dict: "{key}".' for key in saved if key not in own]
-    problems += list(_size_mismatches(own, saved))
-    problems = [text for text in problems if not text.split('"')[1].startswith(custom)]
+    _refuse_meta(own, name)
+    custom = ("",) if loads_in_its_own_way(module) else prefixes_of_custom_loading(module)
+
+    def is_left(key: str) -> bool:
+        return by_itself and key.startswith(custom)
+
+    missing = [key for key in own if key not in saved and not is_left(key)]
+    unexpected = [key for key in saved if key not in own and not is_left(key)]
+    sizes = [text for key, text in _size_mismatches(own, saved) if not key.startswith(custom)]
+    problems = [*(wrong_names(missing, unexpected) if strict else ()), *sizes]
     if problems:
+        raise RuntimeError(misfit(module, name, problems, "nothing was"))
+
+
+def _refuse_meta(own: Mapping[str, Any], name: str) -> None:
+    on_meta = [key for key, value in own.items() if isinstance(value, Tensor) and value.is_meta and not is_lazy(value)]
+    if on_meta:
         raise RuntimeError(
-            f"Error(s) in loading state_dict for {type(module).__name__} ({name}); nothing was changed:\n\t"
-            + "\n\t".join(problems)
+            f"{name} has parameters on the meta device, which have no memory to load into: {on_meta[:10]}. Where the "
+            "strategy shares parameters out, set the module up first, with `fabric.setup(...)`; else create it under "
+            '`fabric.init_module(empty_init=True)` in place of `torch.device("meta")`.'
         )
 
 
-def _size_mismatches(own: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
+def wrong_names(missing: Iterable[str], unexpected: Iterable[str]) -> list[str]:
+    """Say it as torch does."""
+    return [
+        *(f'Missing key(s) in state_dict: "{name}".' for name in missing),
+        *(f'Unexpected key(s) in state_dict: "{name}".' for name in unexpected),
+    ]
+
+
+def misfit(module: nn.Module, name: str, problems: Iterable[str], what_was: str) -> str:
+    """Return the text of the error; ``what_was`` completes "... changed"."""
+    made_as = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed."))
+    title = name if name == made_as.__name__ else f"{made_as.__name__} ({name})"
+    return f"Error(s) in loading state_dict for {title}; {what_was} changed:\n\t" + "\n\t".join(problems)
+
+
+def _size_mismatches(own: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, tensor in own.items():
         value = saved.get(key)
         if not isinstance(tensor, Tensor) or not isinstance(value, Tensor) or is_lazy(tensor):
             continue
         if value.shape != tensor.shape and not (tensor.ndim == 0 and value.shape == (1,)):  # torch takes that
-            yield (
-                f'size mismatch for "{key}": the checkpoint has {tuple(value.shape)}, the model {tuple(tensor.shape)}.'
-            )
+            shapes = f"the checkpoint has {tuple(value.shape)}, the model {tuple(tensor.shape)}"
+            yield key, f'size mismatch for "{key}": {shapes}.'
 
 
-def _rewrites_keys(module: nn.Module) -> bool:
-    return any(part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks for part in module.modules())
+def loads_in_its_own_way(module: nn.Module) -> bool:
+    """Whether loading goes through code of the user's, which may rename or keep what it is given."""
+    hooks = (
+        hook
+        for part in module.modules()
+        for hook in (*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values())
+    )
+    return type(module).load_state_dict is not nn.Module.load_state_dict or any(
+        # sharding and checkpointing of activations have hooks too, which keep the names
+        not getattr(hook, "__module__", "").startswith("torch.distributed.")
+        for hook in hooks
+    )
 
 
-def _prefixes_of_custom_loading(module: nn.Module) -> tuple[str, ...]:
+def prefixes_of_custom_loading(module: nn.Module, that_may_keep: bool = False) -> tuple[str, ...]:
+    """Return the beginnings of the keys that parts of ``module`` load in their own way.
+
+    ``that_may_keep`` leaves out parts which say that they copy what they load.
+    """
     return tuple(
-        f"{name}." if name else ""
+        f"{name}.".replace(_CHECKPOINT_PREFIX, "") if name else ""
         for name, part in module.named_modules(remove_duplicate=False)
         if type(part)._load_from_state_dict is not nn.Module._load_from_state_dict
+        and not (that_may_keep and getattr(type(part), "copies_what_it_loads", False))
     )
 
 
@@ -122,9 +186,9 @@ def own_module_state(module: nn.Module, saved: Mapping[str, Any]) -> Mapping[str
 
     Parameters and buffers are copied by loading itself. What has its own way of loading may keep what it is given.
     """
-    if type(module).load_state_dict is not nn.Module.load_state_dict or _rewrites_keys(module):
+    if loads_in_its_own_way(module):
         return copy.deepcopy(saved)
-    custom = _prefixes_of_custom_loading(module)
+    custom = prefixes_of_custom_loading(module, that_may_keep=True)
     kept = {
         key for key, value in saved.items() if key.startswith(custom) or not isinstance(value, Tensor)
     }  # a value that is no tensor is extra state

@@ -66,7 +66,7 @@ def _fsdp(description: str, **kwargs: Any) -> StrategyEntry:
         start_method="popen",
         multi_process=True,
         many_devices=True,
-        precisions=_HALF_OR_MIXED | {"64-true"},
+        precisions=_HALF_OR_MIXED | {"64-true", "float8"},
         precision=f"{_PRECISIONS}.fsdp:FSDPPrecision",
     )
 

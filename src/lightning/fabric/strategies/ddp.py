@@ -16,10 +16,12 @@ from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.precision.precision import Precision
+from lightning.fabric.strategies._holding import WHOLE, Holding, averaged, copy_on_each, ranks
 from lightning.fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.fabric.strategies.parallel import ParallelStrategy
 from lightning.fabric.strategies.strategy import _NO_CONTEXT, _BackwardSyncControl
+from lightning.fabric.utilities.compilation import uncompiled
 from lightning.fabric.utilities.text import did_you_mean
 
 _StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
@@ -79,6 +81,7 @@ def _accepted_on_every_backend(hook: Callable[..., Any]) -> Callable[..., Any]:
     def compress_to_bf16(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         return hook(state, bucket)
 
+    compress_to_bf16.__qualname__ = hook.__qualname__  # by which `Fabric.explain` calls it
     return compress_to_bf16
 
 
@@ -169,13 +172,42 @@ class DDPStrategy(ParallelStrategy):
     def _module_with_state(self, module: nn.Module) -> nn.Module:
         return module.module if isinstance(module, DistributedDataParallel) else module
 
+    # -- what was done
+
+    def holdings(self, module: nn.Module, forward_module: nn.Module) -> list[Holding]:
+        named = module.named_parameters(remove_duplicate=False)
+        if not isinstance(forward_module, DistributedDataParallel):  # nothing is trained
+            return [Holding.all_of(name, parameter, copy_on_each(self.world_size)) for name, parameter in named]
+        return [holding_in(forward_module, name, parameter) for name, parameter in named]
+
+    def remarks(self) -> list[str]:
+        options = ", ".join(f"{name}={value!r}" for name, value in self._ddp.options.items())
+        return super().remarks() + ([f"DistributedDataParallel has the options {options}."] if options else [])
+
+
+def holding_in(replicated: DistributedDataParallel, name: str, parameter: Tensor) -> Holding:
+    """What a rank holds of a parameter of the module inside ``replicated``, under its ``name`` there."""
+    number = dist.get_world_size(replicated.process_group)
+    if name in replicated.parameters_to_ignore:
+        return Holding.all_of(name, parameter, WHOLE if number == 1 else f"this rank's own, unlike on {ranks(number)}")
+    return Holding.all_of(name, parameter, copy_on_each(number), _way_of_gradients(replicated, number, parameter))
+
+
+def _way_of_gradients(replicated: DistributedDataParallel, number: int, parameter: Tensor) -> str:
+    hooks = [getattr(hook, "__qualname__", type(hook).__name__) for hook, _ in replicated._comm_hooks]
+    if hooks:
+        return f"combined over {ranks(number)} by {hooks[-1]}"
+    mixed = replicated.mixed_precision
+    dtype = None if mixed is None else mixed.reduce_dtype or mixed.param_dtype
+    return averaged(number, dtype or parameter.dtype)
+
 
 class _DDPBackwardSync(_BackwardSyncControl):
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         if not enabled:
             return _NO_CONTEXT
         if not isinstance(module, DistributedDataParallel):
-            module = getattr(module, "_orig_mod", module)  # compiled on the outside
+            module = uncompiled(module)  # compiled on the outside
         if isinstance(module, DistributedDataParallel):
             return _NoSync(module)
         if any(parameter.requires_grad for parameter in module.parameters()):

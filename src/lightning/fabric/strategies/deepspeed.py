@@ -46,10 +46,13 @@ from lightning.fabric.strategies._deepspeed_files import (
     put_in_place,
     state_of,
 )
+from lightning.fabric.strategies._deepspeed_holding import gradients_of, held_whole, part_of
 from lightning.fabric.strategies._deepspeed_steps import Window, zero_grad, zero_gradient_buffers
+from lightning.fabric.strategies._holding import Holding
 from lightning.fabric.strategies._single_file import check_module
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.strategy import _Sharded
+from lightning.fabric.utilities.compilation import uncompiled
 from lightning.fabric.utilities.imports import require
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.types import _PATH
@@ -234,7 +237,7 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
         if precision is not None and not isinstance(precision, DeepSpeedPrecision):
             raise ValueError(
                 f"DeepSpeed works in its own way with dtypes, so it needs a `DeepSpeedPrecision`, but got "
-                f"{precision!r}. Pass `precision='bf16-mixed'` or the like to Fabric."
+                f"{type(precision).__name__}. Pass `precision='bf16-mixed'` or the like to Fabric."
             )
         if precision is not None:
             check_precision(self.config, precision.precision)
@@ -381,8 +384,9 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
                 "Leave `scheduler` out of `setup` and step it yourself."
             )
         self._warn_of_optimizer(optimizer)
+        groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         engine = self._make_engine(module, self._engine_config(), optimizer, scheduler)
-        self._engines[engine] = window = Window(scheduler)
+        self._engines[engine] = window = Window(scheduler, groups)
         drop_all = functools.partial(zero_grad, weakref.ref(engine), window)
         optimizer.zero_grad = drop_all  # type: ignore[method-assign]
         return engine, [optimizer], scheduler
@@ -424,6 +428,8 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
             config=config,
             dist_init_required=False,
         )
+        if "torch._dynamo" in sys.modules:  # nothing is compiled else
+            _leave_out_of_graphs("deepspeed")
         return engine
 
     def _engine_config(self) -> dict[str, Any]:
@@ -619,7 +625,7 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
     def _engine_of(self, module: nn.Module) -> Any:
         """The engine that ``module`` is, or is inside of; None: it has none."""
         for engine in self._engines:
-            if module is engine or _uncompiled(module) in (engine, _uncompiled(engine.module)):
+            if module is engine or uncompiled(module) in (engine, uncompiled(engine.module)):
                 return engine
         return None
 
@@ -684,6 +690,38 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
             raise NotImplementedError(_NO_PLAIN_OPTIMIZER_STATE)
         super().load_optimizer_state(optimizer, state_dict)
 
+    # -- what was done
+
+    def holdings(self, module: nn.Module, forward_module: nn.Module) -> list[Holding]:
+        engine = self._engine_of(forward_module)
+        if engine is None:
+            return super().holdings(module, forward_module)
+        gradients = gradients_of(engine)
+        return [
+            part_of(engine, name, parameter, gradients)
+            if hasattr(parameter, "ds_tensor")
+            else held_whole(engine, name, parameter, gradients)
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+        ]
+
+    def tracked(self, optimizer: Optimizer) -> list[list[Tensor]]:
+        """The module's parameters: ``optimizer`` itself has flat pieces of them, which the engine copies back."""
+        engine = next((engine for engine in self._engines if engine.client_optimizer is optimizer), None)
+        return super().tracked(optimizer) if engine is None else self._engines[engine].groups
+
+    def remarks(self) -> list[str]:
+        stage = zero_stage(self.config)
+        found = [*super().remarks(), f"ZeRO stage {stage}: {_SHARED_OUT[stage]}"]
+        zero = block(self.config, "zero_optimization")
+        for name, what in (("offload_optimizer", "The optimizer's state is"), ("offload_param", "Parameters are")):
+            if device := block(zero, name).get("device"):
+                found.append(f"{what} kept on {device}.")
+        if norm := self.config.get("gradient_clipping"):
+            found.append(f"Gradients are clipped to the norm {norm} in each step.")
+        if (steps := accumulation_steps(self.config)) > 1:
+            found.append(f"The engine updates weights at every {steps}th step of the optimizer.")
+        return found
+
     # -- end
 
     def teardown(self) -> None:
@@ -695,15 +733,16 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
 
 
 _FULL_PRECISION = DeepSpeedPrecision("32-true")
+_SHARED_OUT = {
+    0: "nothing is shared out; every rank has parameters, gradients and optimizer state.",
+    1: "each rank has a part of the optimizer state, and all parameters and gradients.",
+    2: "each rank has a part of the optimizer state and of the gradients, and all parameters.",
+    3: "each rank has a part of the optimizer state, of the gradients and of the parameters.",
+}
 _NO_PLAIN_OPTIMIZER_STATE = (
     "DeepSpeed shares the optimizer's state out over the ranks, in a form of its own, so there is no plain state "
     "dict of it. Save and load it with the model: `fabric.save(path, {'model': model, 'optimizer': optimizer})`."
 )
-
-
-def _uncompiled(module: nn.Module) -> nn.Module:
-    # not `getattr`: an engine passes on what it does not have to the module inside
-    return module._modules.get("_orig_mod") or module
 
 
 def _one_backward_message(config: Mapping[str, Any]) -> str:
@@ -722,6 +761,17 @@ def _one_backward_message(config: Mapping[str, Any]) -> str:
         "With this configuration or version of DeepSpeed, gradients of several backwards cannot add up. Use "
         "deepspeed>=0.19.6 without `managed_gradient_accumulation`, or call `optimizer.step()` after each `backward`."
     )
+
+
+@functools.cache
+def _leave_out_of_graphs(package: str) -> None:
+    """Let the compiler look for the module's own code at once, where it would trace ``package``'s in many small graphs.
+
+    What the engine does around forward breaks graphs, and the compiler gives up after having compiled it a few times.
+    """
+    from torch._dynamo import trace_rules
+
+    trace_rules.add(package)
 
 
 def _forget_groups(groups: Any) -> None:

@@ -13,6 +13,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.precision.precision import Precision
 from lightning.fabric.strategies.parallel import ParallelStrategy, World
 from lightning.fabric.strategies.strategy import Strategy, _OneProcess
+from lightning.fabric.utilities.compilation import is_compiled, uncompiled
 
 _TModule = TypeVar("_TModule", bound=nn.Module)
 
@@ -51,6 +52,7 @@ class DataParallelStrategy(_OneProcess, ParallelStrategy):
     def setup_module(self, module: nn.Module) -> nn.Module:
         devices = self.parallel_devices or []
         if self.root_device.type != "cpu":
+            _refuse_compiled_parts(module)
             return _DataParallel(module, device_ids=devices)
         if len(devices) > 1:
             raise ValueError(
@@ -58,8 +60,21 @@ class DataParallelStrategy(_OneProcess, ParallelStrategy):
             )
         return module  # nothing to split over
 
+    def check_one_graph(self, module: nn.Module) -> None:
+        if self.root_device.type != "cpu":
+            raise ValueError(
+                f"{type(module).__name__} was compiled with fullgraph=True, but under 'dp' it is copied in every "
+                "forward, which is never in a graph. Use strategy='ddp', or compile without `fullgraph=True`."
+            )
+
     def _module_with_state(self, module: nn.Module) -> nn.Module:
         return module.module if isinstance(module, DataParallel) else module
+
+    def remarks(self) -> list[str]:
+        devices = self.parallel_devices or []
+        if len(devices) < 2:
+            return []
+        return [f"Each forward copies the module to {len(devices)} devices, and adds the gradients up on the first."]
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         return decision
@@ -82,6 +97,16 @@ class _DataParallel(DataParallel):
         for replica in replicas:
             _rebind_methods(module, replica)
         return replicas
+
+
+def _refuse_compiled_parts(module: nn.Module) -> None:
+    compiled = sorted({type(uncompiled(part)).__name__ for part in module.modules() if is_compiled(part)})
+    if compiled:
+        raise ValueError(
+            f"{', '.join(compiled)} inside the module is compiled, but 'dp' copies the module for each GPU in every "
+            "forward, and compiled copies would compute with the weights of the first GPU. Use strategy='ddp', or "
+            "do not compile them."
+        )
 
 
 def _rebind_methods(original: nn.Module, replica: nn.Module) -> None:

@@ -32,9 +32,15 @@ from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.precision._dtypes import default_dtype
+from lightning.fabric.plugins.precision._kept import is_kept, outermost_kept
 from lightning.fabric.plugins.precision.fsdp import FSDPPrecision
 from lightning.fabric.plugins.precision.precision import Precision
-from lightning.fabric.strategies._dtensor import shard_optimizer_state, sync_from_rank_zero
+from lightning.fabric.strategies._dtensor import (
+    move_plain_tensors,
+    plain_tensors,
+    shard_optimizer_state,
+    sync_from_rank_zero,
+)
 from lightning.fabric.strategies._fsdp_module import FSDPBackwardSync, FSDPRoot, ReshardAfterStep, ZeroGrad
 from lightning.fabric.strategies._fsdp_options import (
     Casting,
@@ -50,8 +56,9 @@ from lightning.fabric.strategies._fsdp_options import (
 from lightning.fabric.strategies._materialize import MetaTensors
 from lightning.fabric.strategies._mixed_groups import step_one_by_one_if_mixed
 from lightning.fabric.strategies._sharded_strategy import ShardedStrategy
-from lightning.fabric.strategies._wrap_policy import Tie, choice_of, modules_to_checkpoint, units_to_shard
+from lightning.fabric.strategies._wrap_policy import Choice, Tie, choice_of, modules_to_checkpoint, units_to_shard
 from lightning.fabric.strategies.strategy import Strategy, _Sharded
+from lightning.fabric.utilities.compilation import uncompiled
 from lightning.fabric.utilities.init import _has_meta_device_parameters_or_buffers
 from lightning.fabric.utilities.init_tape import recording_init
 from lightning.fabric.utilities.optimizer import parameter_names, repoint_optimizers
@@ -61,7 +68,7 @@ _Policy: TypeAlias = (
     set[type[nn.Module]] | list[type[nn.Module]] | Callable[..., bool] | ModuleWrapPolicy | CustomPolicy
 )
 _StateDictType = Literal["sharded", "full"]
-_PRECISIONS = frozenset({"32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"})
+_PRECISIONS = frozenset({"32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", "float8"})
 
 
 class FSDPStrategy(ShardedStrategy, _Sharded):
@@ -228,6 +235,10 @@ class FSDPStrategy(ShardedStrategy, _Sharded):
             shard_optimizer_state(optimizer)
         return root, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
 
+    def units_to_be(self, module: nn.Module) -> list[nn.Module]:
+        ignored = self._options.parameters_to_ignore()
+        return units_to_shard(module, self._units, self._options.ignored_modules, ignored).modules
+
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Collective: share ``module`` out, in place, and return what to call in training.
 
@@ -249,7 +260,7 @@ class FSDPStrategy(ShardedStrategy, _Sharded):
         policies = self._policies_of_units(module, casting, ignored)
         _check_dtypes(module, [*policies, module], ignored)
 
-        for part in modules_to_checkpoint(module, self._to_checkpoint):
+        for part in modules_to_checkpoint(uncompiled(module), self._to_checkpoint):
             checkpoint(part, context_fn=_same_default_dtype)  # keeps names and objects, unlike torch's wrapper
         for unit, policy in policies.items():
             self._shard_unit(unit, policy, ignored)
@@ -258,7 +269,8 @@ class FSDPStrategy(ShardedStrategy, _Sharded):
         if meta:
             device = torch.device("cpu") if self._offload is not None else self.root_device
             meta.materialize(root, device, agree=self.broadcast, param_init_fn=self._options.param_init_fn)
-        _place_plain_tensors(module, self.root_device, casting)
+        move_plain_tensors(module, self.root_device)
+        _cast_buffers(module, casting)
         self._prefetch(root)
 
         self._roots.add(root)
@@ -268,17 +280,20 @@ class FSDPStrategy(ShardedStrategy, _Sharded):
         self, module: nn.Module, casting: Casting, ignored: set[nn.Parameter]
     ) -> dict[nn.Module, MixedPrecisionPolicy]:
         """Return the dtypes of each unit but ``module`` itself, inner ones first."""
-        module = getattr(module, "_orig_mod", module)  # compiled on the inside
-        units = units_to_shard(module, self._units, self._options.ignored_modules, ignored)
+        module = uncompiled(module)  # it may be compiled on the inside
+        kept = set(outermost_kept(module))
+        units = units_to_shard(module, _with(kept, self._units), self._options.ignored_modules, ignored)
+        _check_kept_are_units(units.ties, kept, module)
         _warn_of_ties(units.ties)
-        return {**_uncast_parts(module, casting), **dict.fromkeys(units.modules, casting.unit)}
+        policies = {unit: casting.of_kept(unit in kept) if is_kept(unit) else casting.unit for unit in units.modules}
+        return {**_uncast_parts(module, casting), **policies}
 
     def _shard_unit(self, unit: nn.Module, policy: MixedPrecisionPolicy, ignored: set[nn.Parameter]) -> None:
         """Bring what is whole in ``unit`` to the device, make it rank 0's, and keep this rank's part."""
-        for tensor in _plain_tensors(unit):
+        for tensor in plain_tensors(unit):
             tensor.data = tensor.data.to(self.root_device).contiguous()
         if self._options.sync_module_states:
-            sync_from_rank_zero(unit)
+            sync_from_rank_zero(unit, self.root_device)
         fully_shard(
             unit,
             mesh=self.device_mesh,
@@ -357,8 +372,23 @@ class FSDPStrategy(ShardedStrategy, _Sharded):
             root.reshard_all()
 
     def _module_with_state(self, module: nn.Module) -> nn.Module:
-        own = module.module if isinstance(module, FSDPRoot) else module
-        return getattr(own, "_orig_mod", own)
+        return uncompiled(module.module if isinstance(module, FSDPRoot) else module)
+
+    # -- what was done
+
+    def remarks(self) -> list[str]:
+        return [*super().remarks(), _WHOLE_WHEN[self._reshard_after_forward is not False], *self._remarks_on_memory()]
+
+    def _remarks_on_memory(self) -> list[str]:
+        if self._offload is None:
+            return []
+        return ["Parts of parameters, gradients and optimizer state wait in CPU memory."]
+
+
+_WHOLE_WHEN = {
+    True: "A unit is whole while it runs; what is in no unit, from its forward to its backward.",
+    False: "Parameters stay whole from forward to backward.",
+}
 
 
 def _can_shard(precision: Precision | None) -> Precision | None:
@@ -395,6 +425,15 @@ def _check_can_be_sharded(module: nn.Module, ignored: set[nn.Parameter]) -> None
         )
 
 
+def _check_kept_are_units(ties: list[Tie], kept: set[nn.Module], module: nn.Module) -> None:
+    for tie in ties:
+        if any(module.get_submodule(unit) in kept for unit in tie.units):
+            raise ValueError(
+                f"{' and '.join(map(repr, tie.parameters))} are one parameter, used in several modules of `keep_fp32`, "
+                "each of which FSDP would gather and reduce on its own. Keep one module around all of them, or none."
+            )
+
+
 def _warn_of_ties(ties: list[Tie]) -> None:
     for tie in ties:
         rank_zero_warn(
@@ -418,6 +457,13 @@ def _check_dtypes(module: nn.Module, units: list[nn.Module], ignored: set[nn.Par
             )
 
 
+def _with(parts: set[nn.Module], choice: Choice | None) -> Choice | None:
+    """Return what chooses ``parts``, too."""
+    if not parts:
+        return choice
+    return lambda module, ignored: {*(choice(module, ignored) if choice else ()), *(parts - set(ignored))}
+
+
 def _uncast_parts(module: nn.Module, casting: Casting) -> dict[nn.Module, MixedPrecisionPolicy]:
     """What computes in the dtype it is stored in, where everything around it is cast to another."""
     dtype = casting.unit.param_dtype
@@ -425,24 +471,15 @@ def _uncast_parts(module: nn.Module, casting: Casting) -> dict[nn.Module, MixedP
     return {
         part: casting.of_uncast(stored.dtype)
         for part, stored in found.items()
-        if stored is not None and dtype is not None and stored.dtype != dtype
+        if stored is not None and dtype is not None and stored.dtype != dtype and not is_kept(part)
     }
 
 
-def _plain_tensors(module: nn.Module) -> list[Tensor]:
-    tensors = (*module.parameters(), *module.buffers())
-    return [tensor for tensor in tensors if not isinstance(tensor, DTensor) and not tensor.is_meta]
-
-
-def _place_plain_tensors(module: nn.Module, device: torch.device, casting: Casting) -> None:
-    """Bring what stays whole to ``device``, and floating-point buffers into their dtype."""
-    for tensor in _plain_tensors(module):
-        if tensor.device != device:
-            tensor.data = tensor.data.to(device)
+def _cast_buffers(module: nn.Module, casting: Casting) -> None:
     if casting.buffers is None:
         return
     for part in module.modules():
-        if not isinstance(part, casting.uncast):
+        if not isinstance(part, casting.uncast) and not is_kept(part):
             for buffer in part.buffers(recurse=False):
                 if buffer.is_floating_point():
                     buffer.data = buffer.data.to(casting.buffers)

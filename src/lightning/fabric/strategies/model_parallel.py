@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary, ref
@@ -19,14 +19,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.fabric.strategies._dtensor import _summed, local_tensor
+from lightning.fabric.plugins.precision._kept import is_kept
+from lightning.fabric.plugins.precision._table import PRECISIONS
+from lightning.fabric.plugins.precision.precision import Precision
+from lightning.fabric.strategies._dtensor import _summed, local_tensor, move_plain_tensors, sync_from_rank_zero
+from lightning.fabric.strategies._fsdp_module import _groups
+from lightning.fabric.strategies._holding import Holding
 from lightning.fabric.strategies._materialize import MetaTensors
 from lightning.fabric.strategies._mixed_groups import step_one_by_one_if_mixed
 from lightning.fabric.strategies._sharded_strategy import ShardedStrategy
+from lightning.fabric.strategies.ddp import holding_in
 from lightning.fabric.strategies.strategy import _NO_CONTEXT, Strategy, _BackwardSyncControl
+from lightning.fabric.utilities.compilation import uncompiled
 from lightning.fabric.utilities.init_tape import recording_init
 
 _Size: TypeAlias = int | Literal["auto"]
+# whose weights are tensors that can be split
+_PRECISIONS = frozenset(name for name in PRECISIONS if not name.startswith("transformer-engine"))
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,20 @@ class ModelParallelStrategy(ShardedStrategy):
         return {"num_replicas": mesh.size(), "rank": mesh.get_local_rank()}
 
     @property
+    def precision(self) -> Precision:
+        """Dtypes and loss scaling; full precision unless set."""
+        return Strategy.precision.fget(self)  # type: ignore[attr-defined]
+
+    @precision.setter
+    def precision(self, precision: Precision | None) -> None:
+        if precision is not None and precision.precision not in _PRECISIONS:
+            raise TypeError(
+                f"ModelParallelStrategy cannot split the weights of {type(precision).__name__} "
+                f"(precision={precision.precision!r}). Use one of: {', '.join(sorted(_PRECISIONS))}; or strategy='ddp'."
+            )
+        Strategy.precision.fset(self, precision)  # type: ignore[attr-defined]
+
+    @property
     def checkpoint_io(self) -> CheckpointIO:
         """Writes and reads checkpoints that are one file."""
         return Strategy.checkpoint_io.fget(self)  # type: ignore[attr-defined]
@@ -180,17 +203,18 @@ class ModelParallelStrategy(ShardedStrategy):
         """
         self._need_group("setup_module")
         meta = MetaTensors.of(module)
-        _copy_from_rank_zero(module, self.root_device)
+        sync_from_rank_zero(module, self.root_device)
         shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         parallelized = self._parallelize_fn(module, self.device_mesh)
         _check_parallelized(parallelized, module)
         _check_nothing_gets_lost(parallelized, module, shapes)
+        _check_dtypes_of_units(parallelized, module)
         if meta:
             meta.materialize(module, self.root_device, agree=self.broadcast)
         _check_gradients_are_averaged(parallelized, self.device_mesh["data_parallel"])  # by what is there now
-        _move_plain_tensors(parallelized, self.root_device)
+        move_plain_tensors(parallelized, self.root_device)
         forward_module = _with_hooks_reachable(parallelized, module)
-        self._parallelized[_uncompiled(forward_module)] = _Parallelized.of(forward_module, module)
+        self._parallelized[uncompiled(forward_module)] = _Parallelized.of(forward_module, uncompiled(module))
         return forward_module
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -225,6 +249,15 @@ class ModelParallelStrategy(ShardedStrategy):
         for record in self._parallelized.values():
             record.show_parts()
 
+    # -- what was done
+
+    def holdings(self, module: nn.Module, forward_module: nn.Module) -> list[Holding]:
+        by_ddp = dict(_held_by_ddp(forward_module))
+        return [
+            replace(by_ddp[found.parameter], name=found.name) if found.parameter in by_ddp else found
+            for found in super().holdings(module, forward_module)
+        ]
+
     # -- files
 
     @property
@@ -232,7 +265,7 @@ class ModelParallelStrategy(ShardedStrategy):
         return self._save_distributed_checkpoint
 
     def _module_with_state(self, module: nn.Module) -> nn.Module:
-        record = self._parallelized.get(_uncompiled(module))
+        record = self._parallelized.get(uncompiled(module))
         return module if record is None else record.own
 
 
@@ -254,10 +287,6 @@ def _with_hooks_reachable(parallelized: nn.Module, module: nn.Module) -> nn.Modu
     # `fully_shard` and `replicate` work in place; without their hooks, methods would find parts of parameters
     in_place = parallelized is module and isinstance(module, (FSDPModule, ReplicatedModule))
     return _ThroughHooks(module) if in_place else parallelized
-
-
-def _uncompiled(module: nn.Module) -> nn.Module:
-    return getattr(module, "_orig_mod", module)
 
 
 @dataclass
@@ -322,7 +351,7 @@ class _SyncControl(_BackwardSyncControl):
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         if not enabled:
             return _NO_CONTEXT
-        record = self._parallelized.get(_uncompiled(module))
+        record = self._parallelized.get(uncompiled(module))
         if record is None:
             raise TypeError(
                 f"`no_backward_sync` needs the module that `setup_module` returned, but got {type(module).__name__}. "
@@ -385,6 +414,27 @@ def _check_nothing_gets_lost(parallelized: nn.Module, module: nn.Module, shapes:
         )
 
 
+def _check_dtypes_of_units(parallelized: nn.Module, module: nn.Module) -> None:
+    """What one `fully_shard` gathers has one dtype, and what is kept in 32 bit is not cast."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    for group in (group for part in parallelized.modules() if isinstance(part, FSDPModule) for group in _groups(part)):
+        named = [(names.get(held.sharded_param, "a parameter"), held) for held in group.fsdp_params]
+        own = {held.sharded_param.dtype: name for name, held in named if held.sharded_param.requires_grad}
+        if len(own) > 1:
+            found = ", ".join(f"{name!r} is {dtype}" for dtype, name in own.items())
+            raise ValueError(
+                f"What one `fully_shard` gathers needs one dtype, but {found}. In `parallelize_fn`, call "
+                "`fully_shard` on the modules of `keep_fp32` first, each on its own."
+            )
+        casts_to = group.mp_policy.param_dtype
+        kept = [name for name, held in named if is_kept(held._module_info.module)]
+        if kept and casts_to not in (None, torch.float32):
+            raise ValueError(
+                f"{kept[0]!r} is kept in 32 bit, but its `fully_shard` has param_dtype={casts_to}. Leave `mp_policy` "
+                "out there."
+            )
+
+
 def _check_gradients_are_averaged(module: nn.Module, data_parallel: DeviceMesh) -> None:
     if data_parallel.size() == 1:
         return
@@ -411,6 +461,17 @@ def _is_averaged(parameter: nn.Parameter, replicas: set[int]) -> bool:
     return isinstance(parameter, DTensor) and replicas <= set(parameter.device_mesh.mesh.flatten().tolist())
 
 
+def _held_by_ddp(module: nn.Module) -> Iterator[tuple[Tensor, Holding]]:
+    """What is held of parameters that ``DistributedDataParallel`` or ``replicate`` averages the gradients of."""
+    for part in module.modules():
+        if isinstance(part, DistributedDataParallel):
+            for name, parameter in part.module.named_parameters():
+                yield parameter, holding_in(part, name, parameter)
+        elif isinstance(part, ReplicatedModule):
+            for name, parameter in part.named_parameters():
+                yield parameter, Holding.all_of(name, parameter, "replicated", "averaged over the replicas")
+
+
 def _averaged_by_ddp(module: nn.Module, replicas: set[int]) -> Iterator[nn.Parameter]:
     for part in module.modules():
         if isinstance(part, ReplicatedModule):
@@ -422,28 +483,6 @@ def _averaged_by_ddp(module: nn.Module, replicas: set[int]) -> Iterator[nn.Param
 
 def _ranks_of(module: DistributedDataParallel) -> set[int]:
     return set(dist.get_process_group_ranks(module.process_group))
-
-
-@torch.no_grad()
-def _copy_from_rank_zero(module: nn.Module, device: torch.device) -> None:
-    """Collective: give every rank the values of rank 0, one tensor at a time on ``device``."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if not isinstance(tensor, DTensor) and not tensor.is_meta:
-            sent = tensor.detach().to(device).contiguous()
-            dist.broadcast(sent, 0)
-            if sent.data_ptr() != tensor.data_ptr():
-                tensor.copy_(sent)
-
-
-def _move_plain_tensors(module: nn.Module, device: torch.device) -> None:
-    """Move what was not split; DTensors are where ``parallelize_fn`` wants them."""
-    for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            if not isinstance(parameter, DTensor) and parameter.device != device:
-                parameter.data = parameter.data.to(device)
-        for name, buffer in part.named_buffers(recurse=False):
-            if not isinstance(buffer, DTensor) and buffer.device != device:
-                part._buffers[name] = buffer.to(device)
 
 
 # ---- loss scaling ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Strategies with several devices: the world of processes, and collectives on its process group."""
 
 from abc import ABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +13,7 @@ from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.precision.precision import Precision
+from lightning.fabric.strategies._holding import Holding, ranks
 from lightning.fabric.strategies.strategy import Strategy, TBroadcast
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.distributed import (
@@ -25,6 +26,7 @@ from lightning.fabric.utilities.distributed import (
     _set_num_threads_if_needed,
     _sync_ddp_if_available,
 )
+from lightning.fabric.utilities.init import refuse_meta
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 
@@ -202,6 +204,7 @@ class ParallelStrategy(Strategy, ABC):
             )
 
     def module_to_device(self, module: nn.Module) -> None:
+        refuse_meta(module)
         module.to(self.root_device)
 
     # ---- other ranks ---------------------------------------------------------------------------------------------
@@ -259,6 +262,17 @@ class ParallelStrategy(Strategy, ABC):
                 f"`{verb}` talks to the other processes of {type(self).__name__}, and this one has not joined them. "
                 "Call `fabric.launch()` first, or start the script with `fabric run`."
             )
+
+    # ---- what was done -------------------------------------------------------------------------------------------
+
+    def holdings(self, module: nn.Module, forward_module: nn.Module) -> list[Holding]:
+        gradients = "" if self.world_size == 1 else f"left to {type(self).__name__}"
+        return [replace(found, gradients=gradients) for found in super().holdings(module, forward_module)]
+
+    def remarks(self) -> list[str]:
+        if not _distributed_is_initialized():
+            return []
+        return [f"The process group has {ranks(dist.get_world_size())} and the backend {dist.get_backend()}."]
 
     # ---- end -----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.precision.precision import Precision
 from lightning.fabric.strategies.strategy import Strategy, _NothingToSync, _OneProcess
+from lightning.fabric.utilities.init import refuse_meta
 from lightning.fabric.utilities.types import _DEVICE
 
 
@@ -34,4 +35,5 @@ class SingleDeviceStrategy(_OneProcess, Strategy):
         return True
 
     def module_to_device(self, module: nn.Module) -> None:
+        refuse_meta(module)
         module.to(self.root_device)

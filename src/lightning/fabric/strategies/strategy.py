@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,9 +18,11 @@ from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.plugins.precision.precision import NO_STEP_HOOKS, Precision, StepHooks
+from lightning.fabric.strategies._holding import Holding
 from lightning.fabric.strategies._single_file import (
     _apply_filter,
     _validate_keys_for_strict_loading,
+    by_names_of,
     check_module,
     check_optimizer,
     is_stateful,
@@ -28,6 +31,7 @@ from lightning.fabric.strategies._single_file import (
 )
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.init import _EmptyInit
+from lightning.fabric.utilities.optimizer import refuse_meta_parameters
 from lightning.fabric.utilities.types import _PATH, ReduceOp
 
 if TYPE_CHECKING:
@@ -171,6 +175,11 @@ class Strategy(ABC):
         """``num_replicas`` and ``rank`` of the sampler; None: every process sees all the data."""
         return None
 
+    @property
+    def num_replicas(self) -> int:
+        """Over how many batches, of as many ranks or groups of ranks, a gradient is averaged."""
+        return (self.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+
     # ---- processes -----------------------------------------------------------------------------------------------
 
     def _configure_launcher(self) -> None:
@@ -218,8 +227,29 @@ class Strategy(ABC):
         return module
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Return the optimizer that is stepped."""
+        """Return the optimizer that is stepped.
+
+        Raises:
+            RuntimeError: if it has parameters on the meta device.
+
+        """
+        refuse_meta_parameters(optimizer)
         return optimizer
+
+    def units_to_be(self, module: nn.Module) -> list[nn.Module]:
+        """Return the parts of ``module``, which is not set up yet, that the user wants to be units."""
+        return []
+
+    def check_one_graph(self, module: nn.Module) -> None:
+        """Raise ``ValueError`` if ``module``, set up or a part of one that is, cannot be one graph of the compiler."""
+        units = [name for name, part in module.named_modules() if name and self.is_unit(part)]
+        if units:
+            shown = ", ".join(map(repr, units[:5])) + (f" and {len(units) - 5} more" if units[5:] else "")
+            raise ValueError(
+                f"{type(module).__name__} was compiled with fullgraph=True, but has units inside ({shown}), whose "
+                "parameters are gathered outside of graphs. Compile parts that have none inside, with "
+                "`_reapply_compile='blocks'`, or compile without `fullgraph=True`."
+            )
 
     @abstractmethod
     def module_to_device(self, module: nn.Module) -> None:
@@ -388,6 +418,7 @@ class Strategy(ABC):
             return _read(self.checkpoint_io, path, weights_only, mmap=False)[0]
         checkpoint, mapped = _read(self.checkpoint_io, path, weights_only, mmap=True)
         if not isinstance(state, MutableMapping):
+            checkpoint = self._by_own_names(state, checkpoint)
             self._check_fits(type(state).__name__, state, checkpoint, strict)
             if not self._restore(state, checkpoint, strict, mapped):
                 raise TypeError(f"`state` must be a dict, a module or an optimizer, but got {state!r}.")
@@ -398,13 +429,16 @@ class Strategy(ABC):
                 "For a file with a bare state dict, use `load_raw`."
             )
         _validate_keys_for_strict_loading(state.keys(), checkpoint.keys(), strict)
-        found = {key: checkpoint.pop(key) for key in state if key in checkpoint}
+        found = {key: self._by_own_names(state[key], checkpoint.pop(key)) for key in state if key in checkpoint}
         for key, saved in found.items():
             self._check_fits(f"state[{key!r}]", state[key], saved, strict)
         for key, saved in found.items():
             if not self._restore(state[key], saved, strict, mapped):
                 state[key] = copy.deepcopy(saved) if mapped else saved
         return dict(copy.deepcopy(checkpoint) if mapped else checkpoint)
+
+    def _by_own_names(self, obj: Any, saved: Any) -> Any:
+        return by_names_of(self._module_with_state(obj), saved) if isinstance(obj, nn.Module) else saved
 
     def _check_fits(self, name: str, obj: Any, saved: Any, strict: bool) -> None:
         if isinstance(obj, nn.Module):
@@ -461,6 +495,32 @@ class Strategy(ABC):
         """Collective where state is sharded: load what :meth:`get_optimizer_state` returned."""
         optimizer.load_state_dict(state_dict)
 
+    # ---- what was done, for `Fabric.explain`: local, changes nothing -------------------------------------------------
+
+    def holdings(self, module: nn.Module, forward_module: nn.Module) -> list[Holding]:
+        """Return what this rank holds of each parameter of the user's own ``module``, once for each of its names.
+
+        ``forward_module`` is what :meth:`setup_module` returned for it.
+        """
+        named = self.named_parameters(module, remove_duplicate=False)
+        return [Holding.all_of(name, parameter) for name, parameter in named]
+
+    def is_unit(self, part: nn.Module) -> bool:
+        """Whether the parameters of ``part``, a module inside of a set-up one, are gathered and freed together."""
+        return False
+
+    def recomputes(self, part: nn.Module) -> bool:
+        """Whether ``part`` computes its activations again in backward, in place of keeping them."""
+        return _is_checkpointed(part)
+
+    def tracked(self, optimizer: Optimizer) -> list[list[Tensor]]:
+        """Return the parameters that a step of ``optimizer`` updates, by group; each as :meth:`holdings` has it."""
+        return [list(group["params"]) for group in optimizer.param_groups]
+
+    def remarks(self) -> list[str]:
+        """Return what a user should know of how this runs, a sentence each."""
+        return []
+
     # ---- end -----------------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
@@ -489,6 +549,15 @@ class _OneProcess:
 
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         return obj
+
+
+def _is_checkpointed(part: nn.Module) -> bool:
+    # asked of modules that only exist where somebody has imported them: importing costs a second
+    wrapper = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    if wrapper is not None and isinstance(part, wrapper.CheckpointWrapper):
+        return True
+    contract = sys.modules.get("torch.distributed._composable.contract")
+    return contract is not None and "checkpoint" in (contract._get_registry(part) or ())
 
 
 def _nonfinite_message(module: nn.Module, parameters: Iterable[Tensor], norm_type: float, total: Tensor) -> str:

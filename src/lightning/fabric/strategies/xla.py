@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.precision.precision import Precision
+from lightning.fabric.strategies._holding import Holding, averaged, copy_on_each
 from lightning.fabric.strategies._xla import XLARanks
 
 
@@ -71,6 +72,14 @@ class XLAStrategy(XLARanks):
             f"{type(self).__name__} sets up a model together with its optimizers, because moving the model makes new "
             "parameters. Call `fabric.setup(model, optimizer)`."
         )
+
+    # -- what was done
+
+    def holdings(self, module: nn.Module, forward_module: nn.Module) -> list[Holding]:
+        number = self.world_size
+        when = "" if number == 1 else f"{averaged(number)} when they are clipped or stepped"
+        named = module.named_parameters(remove_duplicate=False)
+        return [Holding.all_of(name, parameter, copy_on_each(number), when) for name, parameter in named]
 
     # -- the step
 

@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 
 from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.fabric.plugins.precision.precision import Precision
+from lightning.fabric.plugins.precision._kept import is_kept
+from lightning.fabric.plugins.precision.precision import Precision, dtype_name
 from lightning.fabric.plugins.precision.xla import DTYPES
 from lightning.fabric.strategies import _xla_shards as shards
+from lightning.fabric.strategies._holding import WHOLE, Holding, averaged, ranks
 from lightning.fabric.strategies._materialize import MetaTensors
 from lightning.fabric.strategies._single_file import (
     _apply_filter,
@@ -78,6 +80,7 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
         self._sequential_save = sequential_save
         self._options = kwargs
         self._set_up: list[_SetUp] = []
+        self._recomputed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._backward_sync_control = _XLAFSDPBackwardSync()
 
     # -- objects
@@ -103,11 +106,17 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
         from torch_xla.distributed.fsdp import XlaFullyShardedDataParallel, checkpoint_module
 
         self._need_group("setup_module")
+        if self.precision.precision != "32-true" and any(is_kept(part) for part in module.modules()):
+            raise ValueError(
+                "XLAFSDPStrategy computes in one dtype, so `keep_fp32` is not possible. Use precision='32-true', or "
+                "strategy='xla'."
+            )
         units = units_to_shard(module, self._wrap)
         for tie in units.ties:
             _warn_about_tie(tie)
         for part in modules_to_checkpoint(module, self._checkpoint):
             checkpoint_module(part)
+            self._recomputed.add(part)
         names = _first_names(module)
         dtype = DTYPES[self.precision.precision]
         options = {
@@ -182,6 +191,35 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
 
     def _is_set_up(self, module: Any) -> bool:
         return any(each.root() is not None and module in (each.own(), each.root()) for each in self._set_up)
+
+    # -- what was done
+
+    def holdings(self, module: nn.Module, forward_module: nn.Module) -> list[Holding]:
+        sizes = Layout.of(forward_module).sizes_by_part(forward_module)
+        computes = self._options.get("compute_dtype", DTYPES[self.precision.precision])
+        reduces = torch.float32 if self._options.get("fp32_reduce_scatter") else computes
+        number = self.world_size
+        return [
+            Holding(
+                name,
+                part,
+                part,
+                tuple(sizes[part]),
+                WHOLE if number == 1 else f"1/{number} of its elements over {ranks(number)}",
+                averaged(number, reduces),
+                computes_in=dtype_name(computes),
+                has_gradient=part.grad is not None,
+            )
+            for name, part in self.named_parameters(module, remove_duplicate=False)
+        ]
+
+    def is_unit(self, part: nn.Module) -> bool:
+        from torch_xla.distributed.fsdp import XlaFullyShardedDataParallel
+
+        return isinstance(part, XlaFullyShardedDataParallel)
+
+    def recomputes(self, part: nn.Module) -> bool:
+        return part in self._recomputed or super().recomputes(part)
 
     # -- the step
 

@@ -26,7 +26,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.fabric.plugins.environments.lightning import keep_network_port, release_network_port
 from lightning.fabric.strategies.launchers import calls
 from lightning.fabric.strategies.launchers.processes import RankProcesses, Worker, end_with_parent
 from lightning.fabric.strategies.launchers.report import Failure, RankError
@@ -34,8 +34,24 @@ from lightning.fabric.strategies.launchers.report import Failure, RankError
 T = TypeVar("T")
 
 _STACKS = signal.SIGUSR2  # a rank that receives it writes down where each of its threads is
-# with what the first step of an optimizer imports
-_modules = ["torch", "torch.distributed", "torch._dynamo", "lightning.fabric.fabric"]
+# A rank that joins a group and ends at once does not break off the others' way into it.
+_DEFAULTS = {"OMP_NUM_THREADS": "1", "TORCH_DIST_INIT_BARRIER": "1"}
+# with what the first step of an optimizer imports, and what every launch of processes on CPUs does
+_modules = [
+    "torch",
+    "torch.distributed",
+    "torch._dynamo",
+    "lightning.fabric.fabric",
+    "lightning.fabric.accelerators.cpu",
+    "lightning.fabric.accelerators.cuda",
+    "lightning.fabric.accelerators.mps",
+    "lightning.fabric.accelerators.xla",
+    "lightning.fabric.plugins.environments.torchelastic",
+    "lightning.fabric.plugins.precision.amp",
+    "lightning.fabric.strategies.ddp",
+    "lightning.fabric.strategies.launchers.subprocess_script",
+    "lightning.fabric.testing.ranks",
+]
 
 
 def preload(*modules: str) -> None:
@@ -76,13 +92,15 @@ def on_ranks(
     with _folder(tmp) as folder:
         calls.write_call(folder / "call.pt", fn, args, kwargs, sender="`on_ranks`")
         ranks = RankProcesses(folder, whole_groups=True)
+        port = keep_network_port()
         try:
-            _start(ranks, n, {"OMP_NUM_THREADS": "1", **os.environ, **(env or {})})
+            _start(ranks, n, port, {**_DEFAULTS, **os.environ, **(env or {})})
             if not ranks.wait(timeout):
                 ranks.raise_first_cause()
                 _raise_if_late(ranks, n, timeout)
         finally:
             ranks.end(grace=0)
+            release_network_port(port)
         return [calls.load(folder / f"result-{rank}.pt") for rank in range(n)]
 
 
@@ -95,10 +113,10 @@ def _folder(tmp: str | os.PathLike[str] | None) -> Iterator[Path]:
         yield Path(name)
 
 
-def _start(ranks: RankProcesses, n: int, env: Mapping[str, str]) -> None:
+def _start(ranks: RankProcesses, n: int, port: int, env: Mapping[str, str]) -> None:
     context = multiprocessing.get_context("forkserver")
     sizes = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "NODE_RANK": 0}
-    shared = {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_network_port()}
+    shared = {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with _preloading(context):
         for rank in range(n):
             own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
@@ -112,11 +130,18 @@ def _start(ranks: RankProcesses, n: int, env: Mapping[str, str]) -> None:
 def _preloading(context: ForkServerContext) -> Iterator[None]:
     """Have a server that is started in here import what ranks need."""
     context.set_forkserver_preload(["lightning.fabric.testing._preload"])
-    os.environ["LT_TESTING_PRELOAD"] = ",".join([*_modules, *sys.modules.keys() & {"pytest", "hypothesis"}])
+    os.environ["LT_TESTING_PRELOAD"] = ",".join([*_modules, *_imported_here()])
     try:
         yield
     finally:
         del os.environ["LT_TESTING_PRELOAD"]
+
+
+def _imported_here() -> Iterator[str]:
+    """What ranks are likely to import because this process has."""
+    for name in [*sys.modules]:
+        if name in ("pytest", "hypothesis") or name.startswith("lightning.fabric."):
+            yield name
 
 
 def _run_rank(rank: int, folder: Path, env: dict[str, str]) -> None:

@@ -84,6 +84,10 @@ def _init_dist_connection(
     try:
         store = _rendezvous(rank, size, f"{address}:{port}", kwargs.get("timeout"))
         dist.init_process_group(torch_distributed_backend, store=store, rank=rank, world_size=size, **kwargs)
+        if "gloo" in torch_distributed_backend:  # a rank that ended now would break off the others' way into the group
+            if store.add("joined", 1) == size:
+                store.set("all joined", "")
+            store.wait(["all joined"])
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "Gloo" not in str(error):
             raise  # nothing to do with the others: this torch lacks the backend, say

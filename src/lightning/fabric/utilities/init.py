@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
@@ -14,14 +15,15 @@ from lightning.fabric.utilities.types import _DEVICE
 
 
 class _EmptyInit(TorchFunctionMode):
-    """Inside, the functions of ``torch.nn.init`` leave the memory of their tensor as it is.
+    """Inside, the functions of ``torch.nn.init`` leave the memory of parameters as it is.
 
-    Saves the time of filling parameters that a checkpoint will overwrite. ``enabled=False`` changes nothing. The first
-    and the last entry become NaN, by which :func:`unfilled` knows what nothing has filled since.
+    Saves the time of filling parameters that a checkpoint will overwrite. ``enabled=False`` changes nothing. All other
+    tensors are filled, for a checkpoint need not have them: buffers, and what a parameter is made of afterwards. Some
+    entries become NaN, by which :func:`unfilled` knows what nothing has filled since.
     """
 
     was_used: ClassVar[bool] = False
-    """Whether this process has left any tensor empty."""
+    """Whether this process has left any parameter empty."""
 
     def __init__(self, enabled: bool = True) -> None:
         super().__init__()
@@ -37,49 +39,82 @@ class _EmptyInit(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.enabled and (getattr(func, "__module__", None) == "torch.nn.init" or _fills_for_init(func)):
             tensor: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
-            _mark_as_unfilled(tensor)
-            return tensor
+            if isinstance(tensor, nn.Parameter) and _can_be_marked(tensor):
+                _mark_as_unfilled(tensor)
+                return tensor
         return func(*args, **kwargs)
 
 
+_MARKS = 64  # per parameter, so that one which was filled in part is known too
+
+
+def _can_be_marked(tensor: Tensor) -> bool:
+    """Whether an entry can be NaN; else a parameter that is empty would pass for one that is filled."""
+    return not is_lazy(tensor) and (tensor.is_floating_point() or tensor.is_complex())
+
+
+@torch.no_grad()
 def _mark_as_unfilled(tensor: Tensor) -> None:
-    if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+    if tensor.numel() and not tensor.is_meta:
         _EmptyInit.was_used = True
-        with torch.no_grad():
-            for entry in _first_and_last(tensor):
-                entry.fill_(float("nan"))
+        for whole, index in _marks(tensor):
+            whole[index] = float("nan")
 
 
-def _first_and_last(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    tensor = tensor.detach()
-    return tensor[(0,) * tensor.ndim], tensor[(-1,) * tensor.ndim]
+def _is_marked(tensor: Tensor) -> Tensor:
+    return torch.cat([whole[index].isnan().view(-1) for whole, index in _marks(tensor)]).any()
+
+
+def _marks(tensor: Tensor) -> list[tuple[Tensor, Any]]:
+    """Return where the marks are: every so manyth entry from the first on, and the last. As tensors and indices."""
+    whole, every = tensor.detach(), -(-tensor.numel() // _MARKS)
+    last = whole, (-1,) * tensor.ndim
+    if tensor.is_contiguous():
+        return [(whole.view(-1), slice(None, None, every)), last]
+    positions = torch.arange(0, tensor.numel(), every, device=tensor.device)  # whatever their order in memory
+    return [(whole, torch.unravel_index(positions, tensor.shape)), last]
 
 
 def unfilled(named_tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Return the names of tensors that :class:`_EmptyInit` has left empty and nothing has filled since.
+    """Return the names of parameters that :class:`_EmptyInit` has left empty and of which a part is empty still.
 
-    What was filled with NaN at its first or last entry is named too. Sharded tensors are never left empty.
+    What was filled with NaN where the marks are is named too. Sharded tensors are never left empty.
     """
     if not _EmptyInit.was_used:
         return []
-    marks = {
-        name: torch.stack(_first_and_last(tensor)).isnan().any()
+    marked = {
+        name: _is_marked(tensor)
         for name, tensor in named_tensors
-        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and not hasattr(tensor, "_local_tensor")
+        if _can_be_marked(tensor) and tensor.numel() and not tensor.is_meta and not hasattr(tensor, "_local_tensor")
     }
-    return [name for name, mark in marks.items() if mark]
+    return [name for name, mark in marked.items() if mark]
 
 
 def refuse_unfilled(named_tensors: Iterable[tuple[str, Tensor]], doing: str) -> None:
     """Raise ``RuntimeError`` if any tensor is :func:`unfilled`; ``doing`` is what would have used it."""
     names = unfilled(named_tensors)
     if names:
-        shown = ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if names[10:] else "")
         raise RuntimeError(
             f"{doing} would use parameters that were created empty, under `init_module(empty_init=True)`, and that "
-            f"nothing has filled since (or that were filled with NaN): {shown}. Load a checkpoint that has them first, "
-            "or create the model with `empty_init=False`."
+            f"nothing has filled since, or not all of (or that were filled with NaN): {_shown(names)}. "
+            "Load a checkpoint that has them first, or create the model with `empty_init=False`."
         )
+
+
+def refuse_meta(module: nn.Module) -> None:
+    """Raise ``RuntimeError`` if anything of ``module`` is on the meta device, from where nothing can be moved."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    names = [name for name, tensor in named if tensor.is_meta and not is_lazy(tensor)]
+    if names:
+        raise RuntimeError(
+            f"{type(module).__name__} has parameters or buffers on the meta device, which have no values that could be "
+            f"moved to the device: {_shown(names)}. Create the model under `fabric.init_module(empty_init=True)` in "
+            'place of `torch.device("meta")`, or fill it first, after `model.to_empty(device=fabric.device)`.'
+        )
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if names[10:] else "")
 
 
 def _fills_for_init(func: Callable[..., Any]) -> bool:

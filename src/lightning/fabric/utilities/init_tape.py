@@ -48,6 +48,7 @@ _FILLS = frozenset(  # what these write does not depend on what was there
     f"{name}_"
     for name in ("zero", "fill", "copy", "normal", "uniform", "random", "bernoulli", "exponential", "geometric")
 ) | {"log_normal_", "cauchy_"}
+_BUCKET_BYTES = 25 * 2**20  # what ranks agree on at once; it needs as much memory again
 _ALLOCATIONS = frozenset(("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"))
 
 
@@ -84,12 +85,15 @@ def fill_from_recordings(
     Args:
         wanted: meta tensor to callback.
         device: where the callbacks want the values. They are computed on the device that ``recording_init`` was told.
-        agree: called with states of random number generators, an integer tensor on the CPU, and returns those to use.
-            For ranks that shall have the same values it is a broadcast; then every rank passes tensors of the
-            same modules, and keeps its own generator's state if that was another.
+        agree: called with integer tensors on the CPU, one after the other: states of random number generators, bytes
+            of values. Returns those to use. For ranks that shall have the same values it is a broadcast; then
+            every rank passes tensors of the same modules, and keeps its own generator's state if that was another.
 
     Returns:
         The tensors of which there is no recording.
+
+    Raises:
+        RuntimeError: if what was recorded differs from what others recorded, by ``agree``, in more than values.
 
     """
     forget_what_is_gone()
@@ -273,6 +277,39 @@ class _Stream:
         state = self.set_by_program()
         self.end = self.draws if state is None else state
         self.exit = _digest(self.generator.get_state())
+
+
+def _agree_on(tensors: list[Tensor], agree: Callable[[Tensor], Tensor]) -> None:
+    """Replace the contents of ``tensors`` by those that ranks agree on, in as few steps as memory permits."""
+    if not tensors:
+        return
+    own_sizes = torch.tensor([tensor.nbytes for tensor in tensors])
+    sizes = agree(own_sizes.clone()).to("cpu")  # a broadcast may be in place
+    buckets = _buckets(sizes.tolist())
+    if not torch.equal(sizes, own_sizes):
+        for _ in buckets:
+            agree(torch.empty(0, dtype=torch.uint8))  # ranks that do agree wait for it
+        raise RuntimeError(
+            "The model that this rank made is not initialised as that of rank 0: values that its `__init__` asks for, "
+            "of random numbers for one, led to other steps. Seed all ranks alike before the model is made, with "
+            "`seed_everything(...)`."
+        )
+    for bucket in buckets:
+        flat = [tensor.detach().to("cpu").reshape(-1).view(torch.uint8) for tensor in tensors[bucket]]
+        common = agree(torch.cat(flat)).to("cpu").split([part.numel() for part in flat])
+        for tensor, part in zip(tensors[bucket], common, strict=True):
+            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))  # where it is alone it is aligned
+
+
+def _buckets(sizes: list[int]) -> list[slice]:
+    """Return the ranges of those that are sent together."""
+    starts, total = [0], 0
+    for index, size in enumerate(sizes):
+        if total + size > _BUCKET_BYTES and index > starts[-1]:
+            starts.append(index)
+            total = 0
+        total += size
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
 def _move_on(generator: torch.Generator) -> None:
@@ -509,19 +546,20 @@ class _Recording:
         _forget_made(requests.keys())
 
     def _agree(self, agree: Callable[[Tensor], Tensor]) -> None:
-        """Replace the states that this recording starts from, once, by those that ranks agree on."""
+        """Replace what this recording starts from, once, by what ranks agree on: states of generators, and constants.
+
+        Constants may be values that were asked for while recording, which each rank computed from its own state.
+        """
         if self.agreed:
             return
         for stream in self.streams:
             stream.true.clear()
         states = [state for stream in self.streams for state in (stream.start, stream.end) if isinstance(state, Tensor)]
         states += [s.draw.before for s in self.steps if s.draw is not None and isinstance(s.draw.before, Tensor)]
-        if states:
-            own = torch.cat(states)
-            agreed = agree(own.clone()).to("cpu")  # a broadcast may be in place
-            self.own_states = torch.equal(agreed, own)
-            for state, common in zip(states, agreed.split([state.numel() for state in states]), strict=True):
-                state.copy_(common)
+        constants = [leaf for step in self.steps for leaf in _tensors((step.args, step.kwargs)) if leaf.numel()]
+        before = [state.clone() for state in states]
+        _agree_on([*states, *constants], agree)
+        self.own_states = all(map(torch.equal, states, before))
         self.agreed = True
 
     def _true_state(self, index: int, number: int) -> Tensor:

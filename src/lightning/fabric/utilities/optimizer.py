@@ -37,6 +37,18 @@ def _moved(value: Any, device: _DEVICE) -> Any:
     return apply_to_collection(value, Tensor, move_data_to_device, device)
 
 
+def refuse_meta_parameters(optimizer: Optimizer) -> None:
+    """Raise ``RuntimeError`` if ``optimizer`` has parameters on the meta device: its steps would do nothing."""
+    groups = getattr(optimizer, "param_groups", ())
+    number = sum(parameter.is_meta for group in groups for parameter in group["params"])
+    if number:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} has {number} parameter(s) on the meta device. The model gets others as soon "
+            "as it has memory, and those would not be updated. Create the optimizer after that, from "
+            "`model.parameters()` as they are then."
+        )
+
+
 def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of ``module`` by name; a tied parameter is there under each of its names."""
     return dict(module.named_parameters(remove_duplicate=False))
@@ -61,12 +73,12 @@ def repoint_optimizers(optimizers: Iterable[Optimizer], before: Mapping[str, nn.
 
 
 def _replace_parameters(optimizer: Optimizer, replacement: Mapping[Tensor, Tensor]) -> None:
-    seen: set[Tensor] = set()
+    former: dict[Tensor, Tensor] = {}
     for group in optimizer.param_groups:
-        # dict.fromkeys: unique, in order. The list stays the same object: some optimizers hold on to it.
-        new = dict.fromkeys(replacement.get(parameter, parameter) for parameter in group["params"])
-        group["params"][:] = [parameter for parameter in new if parameter not in seen]
-        seen.update(new)
+        pairs = [(replacement.get(old, old), old) for old in group["params"]]
+        # what became one is updated once; what somebody listed twice stays listed twice
+        # the list stays the same object: some optimizers hold on to it
+        group["params"][:] = [new for new, old in pairs if former.setdefault(new, old) is old]
     states = list(optimizer.state.items())
     optimizer.state.clear()
     for parameter, state in states:

@@ -164,7 +164,7 @@ class ThroughputMonitor(Throughput):
 
 def _compute_dtype(precision: str) -> torch.dtype:
     """The dtype of matrix products under a precision setting such as ``bf16-mixed``."""
-    if precision.startswith("transformer-engine"):
+    if precision.startswith(("float8", "transformer-engine")):
         return torch.float8_e4m3fn
     names = {"16": torch.float16, "bf16": torch.bfloat16, "64": torch.float64}
     return names.get(precision.partition("-")[0], torch.float32)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Mapping
 
 from lightning.fabric.plugins.environments._variables import read_int
@@ -34,7 +35,7 @@ class LightningEnvironment(ClusterEnvironment):
         if "MASTER_PORT" in os.environ:
             return read_int("MASTER_PORT", default=0)
         if self._free_port is None:
-            self._free_port = find_free_network_port()
+            self._free_port = keep_network_port()
         return self._free_port
 
     @staticmethod
@@ -77,6 +78,8 @@ class LightningEnvironment(ClusterEnvironment):
 
     def teardown(self) -> None:
         """Forget the chosen port, so that the next group of this process meets on another one."""
+        if self._free_port is not None:
+            release_network_port(self._free_port)
         self._free_port = None
 
 
@@ -86,3 +89,28 @@ def find_free_network_port() -> int:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+_kept: dict[int, int] = {}  # the descriptor of the socket that has the port, by port
+
+
+def keep_network_port() -> int:
+    """Return a free TCP port that no other program is given until `release_network_port`, or until this process ends.
+
+    Ranks take seconds to start; by then another run on this machine may have chosen the same port. Only the server of
+    the ranks can listen on it, as it sets ``SO_REUSEADDR``. Elsewhere than on Linux the port is free now, no more.
+    """
+    if sys.platform != "linux":
+        return find_free_network_port()
+    with socket.socket() as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("", 0))
+        port: int = keeper.getsockname()[1]
+        _kept[port] = keeper.detach()
+    return port
+
+
+def release_network_port(port: int) -> None:
+    """Let others have a port of `keep_network_port`."""
+    if port in _kept:
+        os.close(_kept.pop(port))

@@ -13,15 +13,20 @@ class _Entry(NamedTuple):
 
 
 _HERE = "lightning.fabric.plugins.precision"
-_TABLE: dict[str, _Entry | None] = {  # None: a name that is known, for a plugin that this version does not have
+_TABLE: dict[str, _Entry] = {
     "64-true": _Entry(f"{_HERE}.double:DoublePrecision", {}),
     "32-true": _Entry(f"{_HERE}.precision:Precision", {}),
     "16-true": _Entry(f"{_HERE}.half:HalfPrecision", {"precision": "16-true"}),
     "bf16-true": _Entry(f"{_HERE}.half:HalfPrecision", {"precision": "bf16-true"}),
     "16-mixed": _Entry(f"{_HERE}.amp:MixedPrecision", {"precision": "16-mixed"}),
     "bf16-mixed": _Entry(f"{_HERE}.amp:MixedPrecision", {"precision": "bf16-mixed"}),
-    "transformer-engine": None,
-    "transformer-engine-float16": None,
+    "float8": _Entry(f"{_HERE}.float8:Float8Precision", {}),
+    "transformer-engine": _Entry(
+        f"{_HERE}.transformer_engine:TransformerEnginePrecision", {"weights_dtype": "bfloat16"}
+    ),
+    "transformer-engine-float16": _Entry(
+        f"{_HERE}.transformer_engine:TransformerEnginePrecision", {"weights_dtype": "float16"}
+    ),
 }
 _SAME_MEANING = {"64": "64-true", "32": "32-true"}
 _FOR_HISTORY = {"16": "16-mixed", "bf16": "bf16-mixed"}
@@ -58,9 +63,6 @@ def build_precision(name: str, device_type: str, target: str | None = None) -> A
     if target is not None:
         return _class(target)(name)
     entry = _TABLE[name]
-    if entry is None:
-        works = ", ".join(repr(known) for known, entry in _TABLE.items() if entry)
-        raise NotImplementedError(f"precision={name!r} is not available in this version. These are: {works}.")
     kwargs = {**entry.kwargs, "device": device_type} if name.endswith("-mixed") else entry.kwargs
     return _class(entry.target)(**kwargs)
 

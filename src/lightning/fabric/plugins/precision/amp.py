@@ -1,5 +1,6 @@
 """Mixed precision: weights in 32 bit, computation in 16 where that is safe (autocast)."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -10,7 +11,8 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import LBFGS, Optimizer
 
 from lightning.fabric.plugins.precision._dtypes import cast_floating
-from lightning.fabric.plugins.precision.precision import NO_STEP_HOOKS, Precision, StepHooks
+from lightning.fabric.plugins.precision._kept import Kept, is_kept
+from lightning.fabric.plugins.precision.precision import NO_STEP_HOOKS, Precision, StepHooks, dtype_name
 
 _DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
@@ -22,10 +24,16 @@ class MixedPrecision(Precision):
         precision: With ``"16-mixed"`` the loss is scaled, so that small gradients survive in float16.
         device: The type of the device that computes, ``"cuda"`` or ``"cpu"``.
         scaler: Scales the loss in place of a ``torch.amp.GradScaler`` with its defaults. Only for ``"16-mixed"``.
+        keep_fp32: names and classes of modules that compute in 32 bit, ``["head", nn.Softmax]``: without autocast,
+            from inputs that are cast to 32 bit; what they return is 32-bit.
     """
 
     def __init__(
-        self, precision: Literal["16-mixed", "bf16-mixed"], device: str, scaler: GradScaler | None = None
+        self,
+        precision: Literal["16-mixed", "bf16-mixed"],
+        device: str,
+        scaler: GradScaler | None = None,
+        keep_fp32: Iterable[str | type[nn.Module]] = (),
     ) -> None:
         if precision not in _DTYPES:
             raise ValueError(f"`MixedPrecision` is for precision '16-mixed' or 'bf16-mixed', but got {precision!r}.")
@@ -37,6 +45,7 @@ class MixedPrecision(Precision):
         self.precision = precision
         self.device = device
         self._scaler = scaler
+        self._kept = Kept(keep_fp32)
         self._update_due = False
         self._autocast: tuple[tuple[str, Any], ...] | None = None
 
@@ -52,6 +61,21 @@ class MixedPrecision(Precision):
     def scaler(self, scaler: GradScaler | None) -> None:
         self._scaler = scaler
         self._update_due = False
+
+    def computes_on(self, device_type: str) -> None:
+        if device_type != self.device:
+            raise ValueError(
+                f"`MixedPrecision(device={self.device!r})` casts what {self.device!r} devices compute, and would do "
+                f"nothing on {device_type!r}. Pass device={device_type!r}, or use precision={self.precision!r}."
+            )
+
+    def move_to(self, device_type: str) -> None:
+        """Cast what devices of this type compute, whatever was said before."""
+        self.device = device_type
+        self._autocast = None
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return self._kept.convert(module, None)
 
     def forward_context(self) -> AbstractContextManager[Any]:
         if torch.compiler.is_dynamo_compiling():  # the compiler understands this, but not what follows
@@ -109,6 +133,14 @@ class MixedPrecision(Precision):
             return
         if scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
             scaler.unscale_(optimizer)
+
+    def computes_in(self, name: str, module: nn.Module) -> str:
+        if is_kept(module):
+            return super().computes_in(name, module)
+        return f"{dtype_name(_DTYPES[self.precision])} (autocast)"
+
+    def remarks(self) -> list[str]:
+        return self._kept.remarks()
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.scaler is None else self.scaler.state_dict()

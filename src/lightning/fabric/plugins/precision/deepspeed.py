@@ -1,5 +1,6 @@
 """Precisions as DeepSpeed has them: weights in 16 bit that its engine keeps a 32-bit copy of."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning.fabric.plugins.precision._dtypes import cast_floating, default_dtype
-from lightning.fabric.plugins.precision.precision import Precision
+from lightning.fabric.plugins.precision._kept import Kept
+from lightning.fabric.plugins.precision.precision import Precision, dtype_name
 
 _DTYPES = {
     "32-true": torch.float32,
@@ -29,14 +31,29 @@ class DeepSpeedPrecision(Precision):
 
     Args:
         precision: ``"32-true"``, ``"16-true"``, ``"bf16-true"``, ``"16-mixed"`` or ``"bf16-mixed"``.
+        keep_fp32: must be empty, unless all is in 32 bit: the engine has one dtype for all parameters.
+
+    Raises:
+        ValueError: for any other precision, and for modules to keep in 32 bit.
 
     """
 
-    def __init__(self, precision: Literal["32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"]) -> None:
+    def __init__(
+        self,
+        precision: Literal["32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"],
+        keep_fp32: Iterable[str | type[nn.Module]] = (),
+    ) -> None:
         if precision not in _DTYPES:
             raise ValueError(
                 f"DeepSpeed has no precision {precision!r}. Use one of {', '.join(map(repr, _DTYPES))}, "
                 "or another strategy."
+            )
+        kept = Kept(keep_fp32)
+        if kept and precision != "32-true":
+            raise ValueError(
+                f"`DeepSpeedPrecision` cannot keep {kept!r} in 32 bit under precision={precision!r}: the engine of "
+                "DeepSpeed converts all parameters to one dtype. Use precision='32-true', or strategy='fsdp' with "
+                f"`FSDPPrecision({precision!r}, keep_fp32=...)`."
             )
         self.precision = precision
         self.dtype = _DTYPES[precision]  # of the weights that the engine computes with
@@ -86,3 +103,6 @@ class DeepSpeedPrecision(Precision):
                 loss = closure()
         optimizer.step(**kwargs)
         return loss
+
+    def computes_in(self, name: str, module: nn.Module) -> str:
+        return dtype_name(self.dtype)

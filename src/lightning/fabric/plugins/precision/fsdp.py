@@ -1,5 +1,6 @@
 """The precisions of sharded training: which dtypes parameters, their gradients' reduction and buffers have."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ from torch.distributed.fsdp import MixedPrecision as TorchMixedPrecision
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning.fabric.plugins.precision._kept import Kept
 from lightning.fabric.plugins.precision.amp import MixedPrecision
 from lightning.fabric.plugins.precision.double import DoublePrecision
+from lightning.fabric.plugins.precision.float8 import Float8Precision
 from lightning.fabric.plugins.precision.half import HalfPrecision
 from lightning.fabric.plugins.precision.precision import Precision, StepHooks
 from lightning.fabric.utilities.text import did_you_mean
@@ -36,6 +39,7 @@ _DTYPES = {
     "bf16-mixed": Dtypes(torch.float32, torch.bfloat16, torch.bfloat16),
     "32-true": Dtypes(torch.float32, torch.float32, torch.float32),
     "64-true": Dtypes(torch.float64, torch.float64, torch.float64),
+    "float8": Dtypes(torch.float32, torch.bfloat16, torch.bfloat16),
 }
 
 
@@ -48,11 +52,16 @@ class FSDPPrecision(Precision):
     ``FSDPStrategy(mixed_precision=MixedPrecision(reduce_dtype=torch.float32))``.
 
     Args:
-        precision: one of those, or ``"32-true"``, ``"64-true"``.
+        precision: one of those, or ``"32-true"``, ``"64-true"``, ``"float8"``. The latter is ``"bf16-mixed"`` with
+            linear layers in float8; for one with options, pass a ``Float8Precision`` in place of this.
         scaler: Scales the loss in place of a ``torch.amp.GradScaler`` with its defaults. Only for ``"16-mixed"``.
+        keep_fp32: names and classes of modules that stay in 32 bit, ``["head", nn.LayerNorm]``: their parameters do,
+            they compute in it, and so are their gradients reduced. Each is a unit of its own.
     """
 
-    def __init__(self, precision: str, scaler: GradScaler | None = None) -> None:
+    def __init__(
+        self, precision: str, scaler: GradScaler | None = None, keep_fp32: Iterable[str | type[nn.Module]] = ()
+    ) -> None:
         if precision not in _DTYPES:
             raise ValueError(
                 f"`FSDPPrecision` cannot compute in precision={precision!r}.{did_you_mean(str(precision), _DTYPES)} "
@@ -65,7 +74,7 @@ class FSDPPrecision(Precision):
             )
         self.precision = precision  # type: ignore[assignment]
         self.dtypes = _DTYPES[precision]
-        self._ordinary = _ordinary(precision, scaler)
+        self._ordinary = _ordinary(precision, scaler, keep_fp32)
 
     @property
     def mixed_precision_config(self) -> TorchMixedPrecision:
@@ -77,7 +86,7 @@ class FSDPPrecision(Precision):
     @property
     def autocasts(self) -> bool:
         """Whether operations choose their dtypes themselves, so that nothing is cast where a module begins."""
-        return isinstance(self._ordinary, MixedPrecision)
+        return self.precision in ("16-mixed", "bf16-mixed", "float8")
 
     @property
     def scaler(self) -> GradScaler | None:
@@ -93,12 +102,10 @@ class FSDPPrecision(Precision):
 
     def computes_on(self, device_type: str) -> None:
         """Say what device computes; CUDA if there is one, unless said."""
-        if isinstance(self._ordinary, MixedPrecision) and self._ordinary.device != device_type:
-            self._ordinary = MixedPrecision(
-                self._ordinary.precision,  # type: ignore[arg-type]
-                device_type,
-                self._ordinary._scaler,
-            )
+        if isinstance(self._ordinary, MixedPrecision):
+            self._ordinary.move_to(device_type)
+        else:
+            self._ordinary.computes_on(device_type)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         return self._ordinary.convert_module(module)
@@ -160,6 +167,12 @@ class FSDPPrecision(Precision):
                 dist.all_reduce(found, op=dist.ReduceOp.MAX)
         states[id(optimizer)] = state
 
+    def computes_in(self, name: str, module: nn.Module) -> str:
+        return self._ordinary.computes_in(name, module)
+
+    def remarks(self) -> list[str]:
+        return self._ordinary.remarks()
+
     def state_dict(self) -> dict[str, Any]:
         return self._ordinary.state_dict()
 
@@ -167,14 +180,29 @@ class FSDPPrecision(Precision):
         self._ordinary.load_state_dict(state_dict)
 
 
-def _ordinary(precision: str, scaler: GradScaler | None) -> Precision:
+def _ordinary(precision: str, scaler: GradScaler | None, keep_fp32: Iterable[str | type[nn.Module]]) -> Precision:
     """What does the same on one device."""
     if precision in ("16-mixed", "bf16-mixed"):
         device = "cuda" if torch.cuda.device_count() else "cpu"  # does not initialise CUDA
-        return MixedPrecision(precision, device, scaler)  # type: ignore[arg-type]
+        return MixedPrecision(precision, device, scaler, keep_fp32)  # type: ignore[arg-type]
     if precision in ("16-true", "bf16-true"):
-        return HalfPrecision(precision)  # type: ignore[arg-type]
-    return DoublePrecision() if precision == "64-true" else Precision()
+        return HalfPrecision(precision, keep_fp32)  # type: ignore[arg-type]
+    if precision == "64-true":
+        return DoublePrecision(keep_fp32)
+    return Float8Precision(keep_fp32=keep_fp32) if precision == "float8" else _FullPrecision(keep_fp32)
+
+
+class _FullPrecision(Precision):
+    """32 bit everywhere, also where the strategy was told to compute the rest in other dtypes."""
+
+    def __init__(self, keep_fp32: Iterable[str | type[nn.Module]]) -> None:
+        self._kept = Kept(keep_fp32)
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return self._kept.convert(module, None)
+
+    def remarks(self) -> list[str]:
+        return self._kept.remarks()
 
 
 class _HeldHere:

@@ -1,11 +1,14 @@
 """The contract of a precision, which is 32-bit itself."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning.fabric.plugins.precision._kept import release
 
 _PRECISION_INPUT_INT: TypeAlias = Literal[64, 32, 16]
 _PRECISION_INPUT_STR_ALIAS: TypeAlias = Literal["64", "32", "16", "bf16"]
@@ -16,6 +19,7 @@ _PRECISION_INPUT_STR: TypeAlias = Literal[
     "bf16-true",
     "16-mixed",
     "bf16-mixed",
+    "float8",
     "transformer-engine",
     "transformer-engine-float16",
 ]
@@ -34,6 +38,11 @@ class StepHooks(NamedTuple):
 NO_STEP_HOOKS = StepHooks()
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Precision:
     """Decides the dtypes of weights, of computation and of the gradients' way to the optimizer.
 
@@ -45,9 +54,22 @@ class Precision:
 
     precision: _PRECISION_INPUT_STR = "32-true"
 
+    def computes_on(self, device_type: str) -> None:
+        """Take note of the type of the devices, ``"cuda"`` or ``"cpu"``; said before :meth:`convert_module`.
+
+        Raises ``ValueError`` if it could not be honoured there.
+        """
+
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Return ``module`` with parameters and buffers of the right dtype. Changes it in place where it can."""
+        release(module)
         return module
+
+    def check_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
+        """Raise ``ValueError`` if one updates parameters that were replaced by ones which are never trained.
+
+        Asked after :meth:`convert_module`: of optimizers set up with the module, and of each that is set up later.
+        """
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """Return a context in which new floating-point tensors get this precision's dtype."""
@@ -104,6 +126,17 @@ class Precision:
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Bring the gradients of ``optimizer`` to their true size. Calling it again before the step does nothing."""
+
+    def computes_in(self, name: str, module: nn.Module) -> str:
+        """Return the dtype that ``module`` computes in, for :meth:`Fabric.explain`; ``name`` is its name in the model.
+
+        Asked after :meth:`convert_module`, of modules that have parameters of their own.
+        """
+        return dtype_name(next(module.parameters(recurse=False)).dtype)
+
+    def remarks(self) -> list[str]:
+        """Return what a user should know of the modules that were converted, a sentence each."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """Return what must be in a checkpoint to go on as before."""
