@@ -43,9 +43,11 @@ PROMISED = {
     "strategies.launchers.xla": "_XLALauncher",
     "plugins": "Precision DoublePrecision MixedPrecision HalfPrecision ClusterEnvironment LightningEnvironment"
     " TorchElasticEnvironment CheckpointIO TorchCheckpointIO Collective TorchCollective SingleDeviceCollective"
-    " FSDPPrecision DeepSpeedPrecision XLAPrecision XLAEnvironment XLACheckpointIO",
+    " FSDPPrecision DeepSpeedPrecision XLAPrecision XLAEnvironment XLACheckpointIO BitsandbytesPrecision Float8Precision"
+    " TransformerEnginePrecision",
     "plugins.precision": "Precision DoublePrecision MixedPrecision HalfPrecision FSDPPrecision DeepSpeedPrecision"
-    " XLAPrecision",
+    " XLAPrecision BitsandbytesPrecision Float8Precision TransformerEnginePrecision",
+    "plugins.precision.bitsandbytes": "BitsandbytesPrecision _BITSANDBYTES_AVAILABLE",
     "plugins.precision.precision": "Precision _PRECISION_INPUT",
     "plugins.collectives": "Collective TorchCollective SingleDeviceCollective",
     "plugins.collectives.torch_collective": "TorchCollective default_pg_timeout",
@@ -54,6 +56,7 @@ PROMISED = {
     "plugins.io": "CheckpointIO TorchCheckpointIO XLACheckpointIO",
     "plugins.io.checkpoint_io": "CheckpointIO",
     "plugins.io.torch_io": "TorchCheckpointIO",
+    "observe": "Explanation",
     "loggers": "Logger CSVLogger TensorBoardLogger",
     "loggers.logger": "Logger rank_zero_experiment",
     "loggers.csv_logs": "CSVLogger",
