@@ -43,8 +43,8 @@ PROMISED = {
     "strategies.launchers.xla": "_XLALauncher",
     "plugins": "Precision DoublePrecision MixedPrecision HalfPrecision ClusterEnvironment LightningEnvironment"
     " TorchElasticEnvironment CheckpointIO TorchCheckpointIO Collective TorchCollective SingleDeviceCollective"
-    " FSDPPrecision DeepSpeedPrecision XLAPrecision XLAEnvironment XLACheckpointIO BitsandbytesPrecision Float8Precision"
-    " TransformerEnginePrecision",
+    " FSDPPrecision DeepSpeedPrecision XLAPrecision XLAEnvironment XLACheckpointIO BitsandbytesPrecision"
+    " Float8Precision TransformerEnginePrecision",
     "plugins.precision": "Precision DoublePrecision MixedPrecision HalfPrecision FSDPPrecision DeepSpeedPrecision"
     " XLAPrecision BitsandbytesPrecision Float8Precision TransformerEnginePrecision",
     "plugins.precision.bitsandbytes": "BitsandbytesPrecision _BITSANDBYTES_AVAILABLE",
