@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.plugins.precision.amp import MixedPrecision
+from lightning.fabric.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.fabric.plugins.precision.double import DoublePrecision
 from lightning.fabric.plugins.precision.half import HalfPrecision
 from lightning.fabric.plugins.precision.precision import Precision
@@ -309,3 +310,9 @@ class TestMachineHere:
     @pytest.mark.usefixtures("two")
     def test_it_knows_registered_accelerators(self) -> None:
         assert "two" in Machine.here().available()
+
+
+@pytest.mark.parametrize("strategy", ["single_device", "ddp", "dp"])
+def test_a_precision_that_needs_an_engine_is_refused_elsewhere(strategy):
+    with pytest.raises(ValueError, match="leaves the work to deepspeed.*precision='bf16-mixed'"):
+        _Connector(accelerator="cpu", strategy=strategy, devices=1, plugins=DeepSpeedPrecision("bf16-mixed"))

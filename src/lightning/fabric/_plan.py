@@ -493,8 +493,15 @@ class Pairing:
         return ", ".join(repr(name) for name in PRECISIONS if name in (self.entry.precisions or PRECISIONS))
 
     @property
+    def low_precision(self) -> str:
+        """A precision of 16 bits that the accelerator can compute in."""
+        return "bf16-true" if self.accelerator == "tpu" else "bf16-mixed"
+
+    @property
     def instead(self) -> str:
         """A strategy that does run on the accelerator."""
+        if self.accelerator == "tpu":
+            return "strategy='xla', or strategy='single_xla' and one device"
         ddp = STRATEGY_REGISTRY.entry("ddp").runs_on or ()
         return "strategy='ddp'" if self.accelerator in ddp else "strategy='single_device' and one device"
 
@@ -567,7 +574,7 @@ _RULES = (
         lambda p: p.precision.startswith("transformer-engine") and p.accelerator != "cuda",
         ValueError,
         "precision={p.precision!r} computes in 8-bit floats on NVIDIA GPUs, but the accelerator is {p.accelerator!r}. "
-        "Use accelerator='cuda', or precision='bf16-mixed'.",
+        "Use accelerator='cuda', or precision={p.low_precision!r}.",
     ),
     Rule(
         lambda p: p.precision in PRECISIONS and p.precision not in (p.entry.precisions or PRECISIONS),

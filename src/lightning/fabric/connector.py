@@ -137,6 +137,7 @@ def _build(plan: Plan, accelerator: Accelerator, given: Strategy | None, plugins
     elif plan.precision.value in PRECISIONS and (built._precision is None or plan.precision.because != "default"):
         entry = entry_of(type(given)) if given is not None else STRATEGY_REGISTRY.entry(plan.strategy.value)
         built.precision = build_precision(plan.precision.value, devices[0].type, entry.precision)
+    _check_engine(built)
     built.precision.computes_on(devices[0].type)
     if "checkpoint IO" in plugins:
         built.checkpoint_io = plugins["checkpoint IO"]
@@ -148,6 +149,15 @@ def _build(plan: Plan, accelerator: Accelerator, given: Strategy | None, plugins
         built.cluster_environment.validate_settings(plan.num_processes, plan.num_nodes.value)
     built._configure_launcher()
     return built
+
+
+def _check_engine(strategy: Strategy) -> None:
+    precision = strategy.precision
+    if precision.engine not in (None, strategy.engine):
+        raise ValueError(
+            f"{type(precision).__name__} leaves the work to {precision.engine}, which {type(strategy).__name__} does "
+            f"not use. Pass its name in place of the object: precision={precision.precision!r}."
+        )
 
 
 def _build_strategy(name: str, devices: list[torch.device]) -> Strategy:

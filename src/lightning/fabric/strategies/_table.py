@@ -106,6 +106,7 @@ STRATEGIES: dict[str, StrategyEntry] = {
     "single_device": StrategyEntry(
         "lightning.fabric.strategies.single_device:SingleDeviceStrategy",
         description="One process on one device",
+        runs_on=_CPU_OR_CUDA | {"mps"},
     ),
     "dp": StrategyEntry(
         "lightning.fabric.strategies.dp:DataParallelStrategy",
@@ -138,6 +139,7 @@ UNNAMED: tuple[StrategyEntry, ...] = (
         start_method="popen",
         multi_process=True,
         many_devices=True,
+        precisions=_HALF_OR_MIXED | {"64-true", "float8"},
     ),
 )
 """Facts of strategies that have no name, because they cannot be made without arguments."""

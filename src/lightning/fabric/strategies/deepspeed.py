@@ -120,6 +120,7 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
     """
 
     runs_on: ClassVar[frozenset[str] | None] = frozenset({"cpu", "cuda"})
+    engine = "deepspeed"
 
     def __init__(
         self,

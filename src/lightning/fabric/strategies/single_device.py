@@ -1,5 +1,7 @@
 """Everything on one device, in one process."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -14,6 +16,7 @@ from lightning.fabric.utilities.types import _DEVICE
 class SingleDeviceStrategy(_OneProcess, Strategy):
     """One process on ``device``; modules and optimizers stay as they are."""
 
+    runs_on: ClassVar[frozenset[str] | None] = frozenset({"cpu", "cuda", "mps"})
     _backward_sync_control = _NothingToSync()
 
     def __init__(

@@ -99,6 +99,8 @@ class Strategy(ABC):
 
     runs_on: ClassVar[frozenset[str] | None] = None
     """Names of the accelerators it can run on; None: any."""
+    engine: ClassVar[str | None] = None
+    """A library that trains in place of torch, which a precision may need; None: none."""
     start_method: str | None = None
     """How it starts the other processes: popen, spawn, fork, forkserver; None: it starts none."""
 

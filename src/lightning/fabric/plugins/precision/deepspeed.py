@@ -38,6 +38,8 @@ class DeepSpeedPrecision(Precision):
 
     """
 
+    engine = "deepspeed"
+
     def __init__(
         self,
         precision: Literal["32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"],

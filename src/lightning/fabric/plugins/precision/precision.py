@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class Precision:
     """
 
     precision: _PRECISION_INPUT_STR = "32-true"
+    engine: ClassVar[str | None] = None
+    """What it leaves casting and loss scaling to, and so cannot do without; None: nothing."""
 
     def computes_on(self, device_type: str) -> None:
         """Take note of the type of the devices, ``"cuda"`` or ``"cpu"``; said before :meth:`convert_module`.
