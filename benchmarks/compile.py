@@ -12,14 +12,13 @@ import argparse
 import itertools
 import operator
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from measure import report
+from measure import blocks_in_turns, report
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -176,20 +175,7 @@ def time_steps(strategy: str, ranks: int, rounds: int, calls: int) -> dict[str, 
     """On each rank: the milliseconds of a step, the median of each block, for all sides."""
     fabric = launched(strategy, ranks)
     steps = {"by hand": step_by_hand(strategy), "fabric": step_by_fabric(fabric), "again": step_by_hand(strategy)}
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(-2, rounds):  # two rounds to compile and to warm up
-        for name in list(steps)[:: 1 if number % 2 else -1]:
-            fabric.barrier()
-            block = statistics.median(_seconds(steps[name]) for _ in range(calls)) * 1e3
-            if number >= 0:
-                found[name].append(block)
-    return found
-
-
-def _seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+    return blocks_in_turns(steps, rounds, calls, fabric.barrier)
 
 
 def main() -> None:

@@ -10,13 +10,12 @@ far another one may be by chance. On one rank, without a wait for others, what F
 import argparse
 import operator
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from measure import report
+from measure import blocks_in_turns, report
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -84,20 +83,7 @@ def measure(kind: str, ranks: int, rounds: int, calls: int) -> dict[str, list[fl
     """On each rank: the milliseconds of a step, the median of each block, for all sides."""
     fabric = launched(kind, ranks)
     steps = {"by hand": by_hand(kind), "fabric": by_fabric(fabric), "by hand again": by_hand(kind)}
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(-2, rounds):  # two rounds to warm up
-        for name in list(steps)[:: 1 if number % 2 else -1]:
-            fabric.barrier()
-            block = statistics.median(_seconds(steps[name]) for _ in range(calls)) * 1e3
-            if number >= 0:
-                found[name].append(block)
-    return found
-
-
-def _seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+    return blocks_in_turns(steps, rounds, calls, fabric.barrier)
 
 
 def main() -> None:

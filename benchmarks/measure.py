@@ -25,6 +25,23 @@ def take_turns(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
     return found
 
 
+def blocks_in_turns(
+    steps: Mapping[str, Callable[[], Any]], rounds: int, calls: int, barrier: Callable[[], Any]
+) -> dict[str, list[float]]:
+    """On each rank: the milliseconds of a step, the median of each block of ``calls``, for all sides.
+
+    Sides take turns, each round in the other order, and ranks begin a block together.
+    """
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(-2, rounds):  # two rounds to warm up, and to compile
+        for name in list(steps)[:: 1 if number % 2 else -1]:
+            barrier()
+            block = statistics.median(seconds(steps[name]) for _ in range(calls)) * 1e3
+            if number >= 0:
+                found[name].append(block)
+    return found
+
+
 def seconds(function: Callable[[], Any], before: Callable[[], Any] | None = None) -> float:
     """Return the seconds of one call, without those of ``before``."""
     if before is not None:

@@ -172,7 +172,7 @@ class BitsandbytesPrecision(Precision):
         self._remarks += [f"{model}: {count}.", *why]
 
     def check_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
-        given = {id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)}
+        given = {id(parameter) for optimizer in optimizers for parameter in self.main_params(optimizer)}
         names = [name for parameter, name in self._replaced if id(parameter()) in given]
         if names:
             shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if names[5:] else "")
@@ -237,11 +237,6 @@ def _names(given: Iterable[str] | None) -> tuple[str, ...]:
     if not all(isinstance(name, str) and name for name in names):
         raise TypeError(f"`ignore_modules` is a list of names, but got {given!r}. Pass e.g. ['head'].")
     return names
-
-
-def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
