@@ -79,7 +79,7 @@ class TestRecover:
         """As if killed between the two renames."""
         target = tmp_path / name
         _save(target, ["old"])
-        former = module._beside(target, module._FORMER)
+        former = module._beside(target, module._FORMER, "abcdefgh")
         os.rename(target, former)
         return target
 
@@ -121,3 +121,32 @@ def test_attach_is_part_of_the_commit(tmp_path):
     attach(transaction.staged, manifest)
     transaction.commit(manifest)
     assert read_manifest(tmp_path / "checkpoint") == manifest
+
+
+class TestStale:
+    def _stale(self, tmp_path):
+        transaction = Transaction(tmp_path / "checkpoint")
+        transaction.begin(is_folder=True)
+        (transaction.staged / "half").write_text("of a file")
+        transaction._unlock()  # as the system does when a process ends
+        return transaction.staged
+
+    def test_the_next_save_removes_what_a_killed_one_has_left(self, tmp_path):
+        stale = self._stale(tmp_path)
+        _save(tmp_path / "checkpoint", "text")
+        assert stale.exists()  # of commits without a beginning nobody can tell
+        transaction = Transaction(tmp_path / "checkpoint")
+        transaction.begin(is_folder=False)
+        assert not stale.exists()
+        transaction.abort()
+        assert os.listdir(tmp_path) == ["checkpoint"]
+
+    def test_what_another_one_is_making_stays(self, tmp_path):
+        first, second = Transaction(tmp_path / "checkpoint"), Transaction(tmp_path / "checkpoint")
+        first.begin(is_folder=True)
+        second.begin(is_folder=True)
+        assert first.staged.is_dir()
+        for transaction in (first, second):
+            (transaction.staged / "0.bin").write_text("text")
+            transaction.commit(manifest_of(transaction.staged))
+        assert os.listdir(tmp_path) == ["checkpoint"]

@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from lightning.fabric import _checks
 from lightning.fabric._accumulation import Accumulation, Reduction, Weight, factors_of
 from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.checkpoint.saving import SaveOptions
 from lightning.fabric.connector import _PLUGIN_INPUT, _PRECISION_INPUT, _Connector, _is_using_cli
 from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.observe.first_step import AtFirstStep, DryRunIsOver, Ended
@@ -666,36 +667,56 @@ class Fabric:
         path: _PATH,
         state: Mapping[str, Any],
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
+        *,
+        blocking: bool = True,
+        digests: bool = True,
     ) -> None:
-        """Collective: write ``state`` to ``path``; when it returns, the file is there for every rank.
+        """Collective: write ``state`` to ``path``; when it returns, the checkpoint is there for every rank.
 
-        The file appears whole or not at all: it is written beside and renamed, so an older one survives a failure.
+        It appears whole or not at all: it is made beside, brought to the disk with a manifest of its files, and
+        renamed. An older one survives a failure, a kill and a power cut.
 
         Args:
             path: a file (or folder, for strategies that write one per rank), local or with an fsspec scheme. Missing
                 parent folders are made.
             state: modules, optimizers, anything else with a ``state_dict()``, and plain values, by name.
             filter: for some names of ``state``, a function ``(name, value) -> bool`` that picks entries to keep.
+            blocking: ``False`` returns when the state was copied to CPU memory, and writes while training goes on;
+                what goes wrong then is raised by the next ``save`` or ``load``, or ends the process with code 1.
+                There is one copy at a time: a second ``save`` waits for the first.
+            digests: write down a checksum of each file, which :meth:`load` compares.
 
         Raises:
             TypeError: if ``filter`` or one of its functions is of a wrong type.
             ValueError: if ``filter`` has a name that ``state`` has not.
+            NotImplementedError: for ``blocking=False``, if the strategy or the ``CheckpointIO`` cannot.
             RuntimeError: on the other ranks, if one fails to write; that one raises its own error.
 
         """
         if isinstance(path, Mapping):
             rank_zero_deprecation("`fabric.save(content, path)` is now `fabric.save(path, state)`. Please swap them.")
             path, state = state, path  # type: ignore[assignment]
+        self._save(path, state, filter, SaveOptions(blocking=blocking, digests=digests))
+
+    def _save(
+        self,
+        path: _PATH,
+        state: Mapping[str, Any],
+        filter: dict[str, Callable[[str, Any], bool]] | None,
+        options: SaveOptions,
+    ) -> None:
         self._require_launch("save")
         if not isinstance(state, Mapping):
             raise TypeError(f"`save` needs a dict of what to save, but got {state!r}. Pass e.g. {{'model': model}}.")
         if filter is not None:
             _checks.state_filter(filter, state)
+        # a strategy of the user's may know the first arguments alone
+        extra = {} if options == SaveOptions() else {"options": options}
         error: Exception | None = None
         try:
             unwrapped = _unwrap_objects(state)
             with names_without_compilation(_modules_in(unwrapped)):
-                self._strategy.save_checkpoint(path=path, state=unwrapped, filter=filter)
+                self._strategy.save_checkpoint(path=path, state=unwrapped, filter=filter, **extra)
         except Exception as raised:
             error = raised
         self._strategy.raise_on_all(error, f"saving {os.fspath(path)!r}")
@@ -707,16 +728,19 @@ class Fabric:
         strict: bool = True,
         *,
         weights_only: bool | None = None,
+        verify: bool = True,
     ) -> dict[str, Any]:
-        """Read a checkpoint; all ranks call it.
+        """Read a checkpoint, which any strategy on any number of ranks may have written; all ranks call it.
 
         Args:
-            path: what :meth:`save` wrote.
+            path: what :meth:`save` wrote; or a folder of checkpoints, as :meth:`checkpoints` makes it: then the newest
+                one that is good is read, and a warning names what is wrong with newer ones.
             state: objects under their names are restored in place, plain values are replaced in this dict. ``None``:
                 nothing is restored.
             strict: every name of ``state`` must be in the file, and every parameter of a module.
             weights_only: ``True`` (torch's default) refuses to unpickle anything but tensors and plain values;
                 ``False`` runs whatever code the file holds, so only for files you trust.
+            verify: compare the checksums of the files, which takes reading them once more; ``False`` compares sizes.
 
         Returns:
             The rest of the checkpoint, which ``state`` did not name; the whole of it without ``state``.
@@ -724,17 +748,22 @@ class Fabric:
         Raises:
             FileNotFoundError: if there is nothing at ``path``.
             KeyError: if ``strict`` and a name is missing from the file.
+            DamagedCheckpointError: if a file is not what was saved; it says which. Nothing was changed.
 
         """
         self._require_launch("load")
         self._strategy.barrier("fabric.load")
         if state is None:
-            return self._strategy.load_checkpoint(path=path, state=None, strict=strict, weights_only=weights_only)
+            with self._strategy.opened_checkpoint(path, verify) as found:
+                return self._strategy.load_checkpoint(path=found, state=None, strict=strict, weights_only=weights_only)
         unwrapped = {name: unwrap(value) for name, value in state.items()}
         restored = dict(unwrapped)
-        with names_without_compilation(_modules_in(unwrapped)):
+        with (
+            names_without_compilation(_modules_in(unwrapped)),
+            self._strategy.opened_checkpoint(path, verify) as found,
+        ):
             remainder = self._strategy.load_checkpoint(
-                path=path, state=restored, strict=strict, weights_only=weights_only
+                path=found, state=restored, strict=strict, weights_only=weights_only
             )
         state.update({name: value for name, value in restored.items() if value is not unwrapped.get(name)})
         return remainder
@@ -746,6 +775,7 @@ class Fabric:
         strict: bool = True,
         *,
         weights_only: bool | None = None,
+        verify: bool = True,
     ) -> None:
         """Load a file that holds a bare ``state_dict()`` into one module or optimizer; all ranks call it.
 
@@ -755,14 +785,17 @@ class Fabric:
             path: the file.
             obj: a module or an optimizer, set up or not.
             strict: the module's parameters and the file's must have the same names.
-            weights_only: as in :meth:`load`.
+            weights_only, verify: as in :meth:`load`.
 
         """
         self._require_launch("load_raw")
         self._strategy.barrier("fabric.load_raw")
         unwrapped = unwrap(obj)
-        with names_without_compilation(_modules_in({"": unwrapped})):
-            self._strategy.load_checkpoint(path=path, state=unwrapped, strict=strict, weights_only=weights_only)
+        with (
+            names_without_compilation(_modules_in({"": unwrapped})),
+            self._strategy.opened_checkpoint(path, verify) as found,
+        ):
+            self._strategy.load_checkpoint(path=found, state=unwrapped, strict=strict, weights_only=weights_only)
 
     # ---- log and call back -------------------------------------------------------------------------------------------
 

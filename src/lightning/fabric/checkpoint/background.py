@@ -1,14 +1,17 @@
 """Saving while training goes on: a thread that writes, ranks that talk through a store, errors that are not lost."""
 
 import atexit
+import os
 import pickle
-import queue
+import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.checkpoint.saving import Peers, Prepared, SaveOptions, save
+from lightning.fabric.checkpoint.snapshot import Snapshot
+from lightning.fabric.utilities.types import _PATH
 
 
 class StorePeers:
@@ -28,6 +31,7 @@ class StorePeers:
         self._name = name
         self._timeout = timeout
         self._round = 0
+        self._shared: list[str] = []  # keys
 
     def gather(self, obj: Any) -> list[Any] | None:
         prefix = self._next()
@@ -35,18 +39,20 @@ class StorePeers:
         if self.rank != 0:
             return None
         gathered = [self._get(f"{prefix}/{rank}", rank) for rank in range(self.size)]
-        for rank in range(self.size):
-            self._store.delete_key(f"{prefix}/{rank}")
+        for key in (*self._shared, *(f"{prefix}/{rank}" for rank in range(self.size))):  # all have read what was shared
+            self._store.delete_key(key)
+        self._shared.clear()
         return gathered
 
     def share(self, obj: Any) -> Any:
         prefix = self._next()
         if self.rank == 0:
             self._store.set(prefix, pickle.dumps(obj))
+            self._shared.append(prefix)
             return obj
         return self._get(prefix, 0)
 
-    def raise_on_all(self, error: Exception | None, doing: str) -> None:
+    def raise_on_all(self, error: BaseException | None, doing: str) -> None:
         errors = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         first = None
         if errors is not None:
@@ -56,7 +62,7 @@ class StorePeers:
             raise error
         if first is not None:
             rank, text = first
-            raise RuntimeError(f"Rank {rank} failed while {doing}: {text}")
+            raise RuntimeError(f"Rank {rank} failed while {doing}, so no rank goes on. {text}")
 
     def _next(self) -> str:
         self._round += 1
@@ -75,54 +81,86 @@ class StorePeers:
         return pickle.loads(self._store.get(key))
 
 
-class Background:
-    """Does jobs one after the other in a thread. An error of one is raised by the next call, or at exit.
+class Saver:
+    """Saves checkpoints, at once or while training goes on; never two at a time."""
 
-    Args:
-        pending: how many jobs may wait besides the one that runs; :meth:`submit` waits for room.
+    def __init__(self) -> None:
+        self._background = Background()
+        self._snapshot = Snapshot()
 
-    """
+    def save(
+        self, prepared: Prepared, target: _PATH, options: SaveOptions, peers: Peers, later: Peers, strategy: str
+    ) -> None:
+        """Collective: see :func:`saving.save`; unless ``options.blocking``, ``target`` is written after this returns.
 
-    def __init__(self, pending: int = 1) -> None:
-        self._jobs: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=pending)
-        self._errors: list[Exception] = []
-        self._thread: threading.Thread | None = None
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Have ``job`` done; raise what an earlier one raised."""
-        self.raise_errors()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="fabric-checkpoints", daemon=True)
-            self._thread.start()
-            atexit.register(self._at_exit)
-        self._jobs.put(job)
+        ``peers`` are for now, ``later`` for a thread. What is written is what the values are when this returns.
+        """
+        if options.blocking:
+            save(prepared, target, options, peers, strategy)
+            return
+        error: Exception | None = None
+        try:
+            self._detach(prepared)
+        except Exception as raised:
+            error = raised
+        peers.raise_on_all(error, f"copying the state for {os.fspath(target)!r}")
+        self._background.start(lambda: save(prepared, target, options, later, strategy))
 
     def wait(self) -> None:
-        """Return when every job is done; raise what one of them raised."""
-        self._jobs.join()
-        self.raise_errors()
+        """Return when nothing is being saved; raise what went wrong with the last one."""
+        self._background.wait()
+
+    def _detach(self, prepared: Prepared) -> None:
+        assert prepared.detach is not None
+        self._snapshot.begin()
+        prepared.detach(self._snapshot.copy)
+        self._snapshot.end()
+
+
+class Background:
+    """Does one job at a time in a thread. An error of it is raised by the next call, or ends the process with code 1.
+
+    There is never a second job: whoever has one waits for the first, so no more than one copy of a state is held.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Have ``job`` done, after what is being done; raise what that raised."""
+        self.wait()
+        # a thread that may live on: the interpreter would wait for others before it calls our handler
+        self._thread = threading.Thread(target=self._work, args=(job,), name="fabric-checkpoint", daemon=True)
+        atexit.register(self._at_exit)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the job is done; raise what it raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            atexit.unregister(self._at_exit)
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     @property
     def is_idle(self) -> bool:
-        """Whether every job is done."""
-        return self._jobs.unfinished_tasks == 0
+        """Whether nothing is being done."""
+        return self._thread is None or not self._thread.is_alive()
 
-    def raise_errors(self) -> None:
-        """Raise the first error that was not raised yet."""
-        if self._errors:
-            raise self._errors.pop(0)
-
-    def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
-            try:
-                job()
-            except Exception as error:
-                self._errors.append(error)
-            finally:
-                self._jobs.task_done()
+    def _work(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception as error:
+            self._error = error
 
     def _at_exit(self) -> None:
-        self._jobs.join()
-        for error in self._errors:
-            rank_zero_warn(f"A checkpoint was not saved, as it turned out at the end: {error}")
+        try:
+            self.wait()
+        except Exception as error:
+            print(f"A checkpoint could not be saved: {type(error).__name__}: {error}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)  # the only way to a code from here

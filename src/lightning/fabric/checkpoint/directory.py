@@ -1,5 +1,6 @@
 """A folder of checkpoints by step: the latest good one, and which of them are kept."""
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightning.fabric.checkpoint.manifest import DamagedCheckpointError, Manifest, read_manifest, verify
-from lightning.fabric.checkpoint.transaction import recover, remove, sync
+from lightning.fabric.checkpoint.transaction import recover, remove, remove_if_stale, sync
 
 LATEST = "latest"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -16,7 +17,10 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Best:
-    """Keep those ``count`` checkpoints whose ``metric`` is the smallest (``"min"``) or largest (``"max"``)."""
+    """Keep those ``count`` checkpoints whose ``metric`` is the smallest (``"min"``) or largest (``"max"``).
+
+    Of equal ones the newer; NaN is never among the best.
+    """
 
     metric: str
     mode: Literal["min", "max"] = "min"
@@ -38,11 +42,28 @@ class Entry:
     manifest: Manifest | None
     error: DamagedCheckpointError | None = None
 
+    def was_saved_before(self, time: str) -> bool:
+        """Whether that is known."""
+        return self.manifest is not None and self.manifest.time < time
+
+
+def _entry(path: Path, step: int) -> Entry:
+    try:
+        return Entry(path, step, read_manifest(path))
+    except DamagedCheckpointError as error:
+        return Entry(path, step, None, error)
+
 
 class CheckpointDirectory:
     """``folder/step-00000012``, each a checkpoint in a file or a folder, and ``latest``, which names one.
 
-    One process writes to it at a time.
+    One process writes to it at a time. Whatever else lies in the folder stays there.
+
+    Args:
+        folder: where they are; made by the first save.
+        keep_last: how many of the newest to keep; None: all, or with ``keep_best`` the newest alone.
+        keep_best: which to keep besides.
+
     """
 
     def __init__(self, folder: Path, keep_last: int | None = None, keep_best: Best | None = None) -> None:
@@ -57,24 +78,32 @@ class CheckpointDirectory:
         return self.folder / f"step-{step:08d}"
 
     def entries(self) -> list[Entry]:
-        """Return what was committed, the newest first."""
+        """Return what was committed, the newest first.
+
+        Newer is what has the later step. But where a run has gone back to an earlier step and on from there, what it
+        had saved beyond is older than all that it has saved since.
+        """
         if not self.folder.is_dir():
             return []
-        found = []
-        for path in self.folder.iterdir():
-            if (match := _NAME.fullmatch(path.name)) is None:
-                continue
-            try:
-                found.append(Entry(path, int(match[1]), read_manifest(path)))
-            except DamagedCheckpointError as error:
-                found.append(Entry(path, int(match[1]), None, error))
-        return sorted(found, key=lambda entry: entry.step, reverse=True)
+        found = [_entry(path, int(match[1])) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        newest_first = sorted(found, key=lambda entry: entry.step, reverse=True)
+        left_behind = self._left_behind(newest_first)
+        return [entry for entry in newest_first if entry not in left_behind] + left_behind
+
+    def _left_behind(self, entries: list[Entry]) -> list[Entry]:
+        """Return those of later steps than ``latest`` that were there before it."""
+        path = self.latest()
+        latest = next((entry for entry in entries if entry.path == path), None)
+        if latest is None or latest.manifest is None:
+            return []
+        time = latest.manifest.time
+        return [entry for entry in entries if entry.step > latest.step and entry.was_saved_before(time)]
 
     def latest(self) -> Path | None:
-        """What ``latest`` names; None if there is no such file, or no such checkpoint any more."""
+        """What ``latest`` names, the checkpoint that was committed last; None if it names none that is there."""
         try:
             name = (self.folder / LATEST).read_text().strip()
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
             return None
         path = self.folder / name
         return path if _NAME.fullmatch(name) and path.exists() else None
@@ -89,7 +118,7 @@ class CheckpointDirectory:
 
     def good(self, checksums: bool = True) -> Iterator[tuple[Entry, DamagedCheckpointError | None]]:
         """Yield every checkpoint, the newest first, with what is wrong with it, or None: then it is as it was saved."""
-        self._recover()
+        self.recover_all()
         for entry in self.entries():
             if entry.manifest is None:
                 yield entry, entry.error or DamagedCheckpointError(entry.path, "", "has no manifest")
@@ -101,17 +130,23 @@ class CheckpointDirectory:
             else:
                 yield entry, None
 
-    def _recover(self) -> None:
+    def recover_all(self) -> None:
+        """Put back what interrupted saves have left out of its place."""
         if self.folder.is_dir():
             for path in self.folder.glob(".step-*.former"):
                 recover(self.folder / path.name[1:].split(".")[0])
 
     def to_remove(self, entries: list[Entry]) -> list[Entry]:
-        """Return which of ``entries`` (the newest first) need not stay: never the newest, never what is damaged."""
-        if self.keep_last is None:
+        """Return which of ``entries`` (the newest first) need not stay.
+
+        Never the newest one. Never what is damaged or has no manifest, for nobody knows what it is worth. And never
+        what a run has left behind by going back to an earlier step: it may have been a mistake.
+        """
+        if self.keep_last is None and self.keep_best is None:
             return []
         whole = [entry for entry in entries if entry.manifest is not None]
-        kept = {entry.path for entry in (*whole[: self.keep_last], *self._best(whole))}
+        kept = {entry.path for entry in (*whole[: self.keep_last or 1], *self._best(whole))}
+        kept |= {entry.path for entry in whole if entry.step > whole[0].step}
         return [entry for entry in whole if entry.path not in kept]
 
     def _best(self, entries: list[Entry]) -> list[Entry]:
@@ -120,14 +155,21 @@ class CheckpointDirectory:
             return []
         sign = 1 if best.mode == "min" else -1
         rated = [
-            (sign * entry.manifest.metrics[best.metric], -entry.step, entry)
+            (sign * value, -entry.step, entry)
             for entry in entries
-            if entry.manifest is not None and best.metric in entry.manifest.metrics
+            if entry.manifest is not None
+            and not math.isnan(value := entry.manifest.metrics.get(best.metric, math.nan))
         ]
         return [entry for *_, entry in sorted(rated, key=lambda row: row[:2])[: best.count]]
 
     def retain(self) -> list[Path]:
-        """Delete what need not stay, and return it. Called last, when ``latest`` names what was committed."""
+        """Delete what need not stay, and return it. Called last, when ``latest`` names what was committed.
+
+        Also what killed processes have left behind of saves and deletions.
+        """
+        for pattern in (".step-*.staged", ".step-*.removed"):
+            for path in self.folder.glob(pattern):
+                remove_if_stale(path)
         gone = [entry.path for entry in self.to_remove(self.entries())]
         for path in gone:
             hidden = path.with_name(f".{path.name}.removed")

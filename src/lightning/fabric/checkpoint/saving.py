@@ -5,16 +5,25 @@ Nothing here knows a strategy: what is written is a :class:`Prepared` checkpoint
 """
 
 import os
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning.fabric.checkpoint.manifest import FileRecord, Manifest, files_of, record_of
 from lightning.fabric.checkpoint.transaction import Transaction
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
+from lightning.fabric.utilities.types import _PATH
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# -- what is saved, and by whom
 
 
 class Peers(Protocol):
@@ -29,8 +38,25 @@ class Peers(Protocol):
     def share(self, obj: Any) -> Any:
         """Return rank 0's ``obj``."""
 
-    def raise_on_all(self, error: Exception | None, doing: str) -> None:
+    def raise_on_all(self, error: BaseException | None, doing: str) -> None:
         """If any rank has an ``error``, raise on all."""
+
+
+class OneRank:
+    """:class:`Peers` of one rank."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, obj: Any) -> list[Any]:
+        return [obj]
+
+    def share(self, obj: Any) -> Any:
+        return obj
+
+    def raise_on_all(self, error: BaseException | None, doing: str) -> None:
+        if error is not None:
+            raise error
 
 
 @dataclass(frozen=True)
@@ -49,29 +75,87 @@ def _no_end(staged: Path, results: list[Any]) -> None:
     return None
 
 
+def _no_check(path: _PATH) -> None:
+    return None
+
+
+def _none_foreign(folder: Path) -> list[Path]:
+    return []
+
+
+def _nothing_more() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """A checkpoint that is ready to be written: a file, or a folder to which every rank adds its part."""
+    """A checkpoint that is ready to be written: a file, or a folder to which every rank adds its part.
+
+    Attributes:
+        write: writes this rank's part to the path, which is the file itself or a folder that is there. Needs no other
+            rank where there is ``detach``.
+        finish: on rank 0, when all ranks have written: adds what depends on their results.
+        detach: lets what is written be what the values are now, though they change; it is given what copies a tensor
+            to the CPU. None: this can only be saved while training waits.
+        in_place: somebody else's code writes to the true path; what it makes is neither staged nor described.
+        check: on every rank, before anything is written: raises if this cannot be saved to the path.
+        foreign: what in a folder that is replaced belongs to somebody else, and stays.
+
+    """
 
     write: Callable[[Path], Written] = _nothing
-    """Writes this rank's part to the path, which is the file itself or a folder that is there. Needs no other rank."""
     finish: Callable[[Path, list[Any]], None] = _no_end
-    """On rank 0, when all ranks have written: adds what depends on their results."""
     is_folder: bool = False
+    detach: "Callable[[Callable[[Tensor], Tensor]], None] | None" = None
+    in_place: bool = False
+    check: Callable[[_PATH], None] = _no_check
+    foreign: Callable[[Path], list[Path]] = _none_foreign
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the manifest says besides files, and how carefully to save."""
+class SaveOptions:
+    """What the manifest says besides files, and how to save.
 
-    strategy: str = ""
+    Attributes:
+        step: of the training, as the manifest shows it.
+        metrics: as the manifest shows them.
+        digests: record a checksum of each file.
+        durable: what is saved is on the disk when it is committed.
+        blocking: return when it is; else as soon as the values may change.
+        committed: called on rank 0 right after the commit.
+
+    """
+
     step: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    checksums: bool = True
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    digests: bool = True
     durable: bool = True
+    blocking: bool = True
+    committed: Callable[[], None] = _nothing_more
 
 
-def save(prepared: Prepared, target: Path, facts: Facts, peers: Peers) -> None:
+# -- saving
+
+
+class _Place(Protocol):
+    """Where a checkpoint is made, and how it comes to its path; every rank has such an object."""
+
+    staged: Path
+
+    def begin(self, is_folder: bool) -> None:
+        """On every rank: make room for what is written."""
+
+    def deliver(self, names: Sequence[str], durable: bool) -> None:
+        """On every rank, when it has written: bring these files to where rank 0 can commit them."""
+
+    def commit(self, manifest: Manifest | None, durable: bool, foreign: Callable[[Path], list[Path]]) -> None:
+        """On rank 0: make it, with its manifest, the checkpoint at the path."""
+
+    def abort(self) -> None:
+        """On every rank: remove what was made; the path is as it was."""
+
+
+def save(prepared: Prepared, target: _PATH, options: SaveOptions, peers: Peers, strategy: str = "") -> None:
     """Write ``prepared``, and put it at ``target`` as a whole; every rank returns when it is there.
 
     Raises:
@@ -80,65 +164,118 @@ def save(prepared: Prepared, target: Path, facts: Facts, peers: Peers) -> None:
 
     """
     doing = f"saving {os.fspath(target)!r}"
-    transaction = Transaction(target, peers.share(Transaction(target).staged if peers.rank == 0 else None))
+    if prepared.in_place or _is_special(target):
+        _agreed(peers, doing, lambda: _write_in_place(prepared, target))
+        _agreed(peers, doing, options.committed, on_rank_0=True)
+        return
+    place = _place_for(target, peers)
     try:
-        _on_rank_0(peers, doing, lambda: _begin(transaction, prepared))
-        written = _write(prepared, transaction.staged, facts, peers, doing)
-        _on_rank_0(peers, doing, lambda: _commit(prepared, transaction, written or [], facts, peers.size))
+        _agreed(peers, doing, lambda: _begin(prepared, place, target))
+        own = _agreed(peers, doing, lambda: _write(prepared, place, options, target))
+        parts = peers.gather(own) or []
+        _agreed(
+            peers, doing, lambda: _commit(prepared, place, parts, options, peers.size, strategy, target), on_rank_0=True
+        )
+        _agreed(peers, doing, options.committed, on_rank_0=True)
     except BaseException:
-        if peers.rank == 0:
-            transaction.abort()
+        place.abort()
         raise
 
 
-def _on_rank_0(peers: Peers, doing: str, act: Callable[[], None]) -> None:
+def _agreed(peers: Peers, doing: str, act: Callable[[], Any], on_rank_0: bool = False) -> Any:
+    """Collective: ``act``, in which ranks do not talk; if it raises on one rank, all raise."""
     error: Exception | None = None
-    if peers.rank == 0:
+    result = None
+    if not on_rank_0 or peers.rank == 0:
         try:
-            act()
+            result = act()
         except Exception as raised:
             error = raised
     peers.raise_on_all(error, doing)
+    return result
 
 
-def _begin(transaction: Transaction, prepared: Prepared) -> None:
-    parent = transaction.target.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    if prepared.is_folder:
-        transaction.staged.mkdir()
+def _is_special(target: _PATH) -> bool:
+    """Whether it is a device or a pipe, which must not be replaced by a file."""
+    if not _is_local_file_protocol(target):
+        return False
+    path = _local_path(target)
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _write_in_place(prepared: Prepared, target: _PATH) -> None:
+    prepared.check(target)
+    prepared.write(target)  # type: ignore[arg-type]  # as the user gave it
+
+
+def _place_for(target: _PATH, peers: Peers) -> _Place:
+    """Collective."""
+    name = peers.share(uuid.uuid4().hex[:8])
+    if _is_local_file_protocol(target):
+        return Transaction(_local_path(target), name, leads=peers.rank == 0)
+    from lightning.fabric.checkpoint.remote import RemoteTransaction
+
+    return RemoteTransaction(str(target), name)
+
+
+def _begin(prepared: Prepared, place: _Place, target: _PATH) -> None:
+    prepared.check(target)
+    with _saying_where(target):
+        place.begin(prepared.is_folder)
 
 
 _Part = tuple[Any, dict[str, FileRecord]]
 
 
-def _write(prepared: Prepared, staged: Path, facts: Facts, peers: Peers, doing: str) -> list[_Part] | None:
-    error: Exception | None = None
-    part: _Part = (None, {})
+def _write(prepared: Prepared, place: _Place, options: SaveOptions, target: _PATH) -> _Part:
+    with _saying_where(target):
+        written = prepared.write(place.staged)
+        records = {name: record_of(place.staged, name, options.digests) for name in written.files}
+        place.deliver(written.files, options.durable)
+    return written.result, records
+
+
+def _commit(
+    prepared: Prepared,
+    place: _Place,
+    parts: list[_Part],
+    options: SaveOptions,
+    world_size: int,
+    strategy: str,
+    target: _PATH,
+) -> None:
+    staged = place.staged
+    with _saying_where(target):
+        prepared.finish(staged, [result for result, _ in parts])
+        records = {name: record for _, each in parts for name, record in each.items()}
+        # also what rank 0 has just added
+        added = {name: record_of(staged, name, options.digests) for name in files_of(staged) if name not in records}
+        manifest = Manifest(
+            dict(sorted({**records, **added}.items())),
+            step=options.step,
+            world_size=world_size,
+            strategy=strategy,
+            metrics=options.metrics,
+            versions=_versions(),
+            time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        place.commit(manifest, options.durable, prepared.foreign)
+
+
+@contextmanager
+def _saying_where(target: _PATH) -> Iterator[None]:
+    """Errors of the disk inside name ``target``."""
     try:
-        written = prepared.write(staged)
-        part = written.result, {name: record_of(staged, name, facts.checksums) for name in written.files}
-    except Exception as raised:
-        error = raised
-    peers.raise_on_all(error, doing)
-    return peers.gather(part)
-
-
-def _commit(prepared: Prepared, transaction: Transaction, parts: list[_Part], facts: Facts, world_size: int) -> None:
-    staged = transaction.staged
-    prepared.finish(staged, [result for result, _ in parts])
-    known = {name: record for _, records in parts for name, record in records.items()}
-    # also what rank 0 has just added
-    files = {name: known.get(name) or record_of(staged, name, facts.checksums) for name in files_of(staged)}
-    manifest = Manifest(
-        files,
-        step=facts.step,
-        world_size=world_size,
-        strategy=facts.strategy,
-        metrics=facts.metrics,
-        versions=_versions(),
-        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
-    transaction.commit(manifest, durable=facts.durable)
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"Cannot save {os.fspath(target)!r}: {error.strerror or error}") from error
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+        # how torch's writer reports a full disk or a missing permission
+        raise RuntimeError(f"Cannot save {os.fspath(target)!r}: {error}") from error
 
 
 @cache
@@ -150,20 +287,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from its sources
             continue
     return found
-
-
-class OneRank:
-    """:class:`Peers` of one rank."""
-
-    rank = 0
-    size = 1
-
-    def gather(self, obj: Any) -> list[Any]:
-        return [obj]
-
-    def share(self, obj: Any) -> Any:
-        return obj
-
-    def raise_on_all(self, error: Exception | None, doing: str) -> None:
-        if error is not None:
-            raise error

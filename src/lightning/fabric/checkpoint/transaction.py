@@ -11,11 +11,19 @@ import os
 import shutil
 import sys
 import uuid
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lightning.fabric.checkpoint.manifest import DamagedCheckpointError, Manifest, attach, read_manifest
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _STAGED, _FORMER = "staged", "former"
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
@@ -26,17 +34,45 @@ _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 class Transaction:
     """One save to ``target``, a local path of a file or folder that may exist.
 
-    Write to :attr:`staged`, then :meth:`commit` or :meth:`abort`. One process of those that write calls these.
+    Ranks that write together make one each, of the same ``name``; that which ``leads`` commits. While it is open, what
+    is staged is locked, so that what a killed process has left can be told from what is in the making.
     """
 
-    def __init__(self, target: Path, staged: Path | None = None) -> None:
+    def __init__(self, target: Path, name: str | None = None, leads: bool = True) -> None:
         self.target = Path(os.path.realpath(target))  # a link stays a link
-        self.staged = _beside(self.target, _STAGED) if staged is None else staged
+        self.staged = _beside(self.target, _STAGED, name or uuid.uuid4().hex[:8])
+        self._leads = leads
+        self._lock: int | None = None
 
-    def commit(self, manifest: Manifest | None = None, durable: bool = True) -> None:
+    def begin(self, is_folder: bool) -> None:
+        """On every rank: make room for what is written to :attr:`staged`."""
+        self.staged.parent.mkdir(parents=True, exist_ok=True)
+        if is_folder:
+            self.staged.mkdir(exist_ok=True)
+        if not self._leads:
+            return
+        if not is_folder:
+            self.staged.touch()
+        self._lock = _locked(self.staged)
+        for path in left_over(self.target):
+            if path != self.staged:
+                remove_if_stale(path)
+
+    def deliver(self, names: Sequence[str], durable: bool) -> None:
+        """On every rank, when it has written: bring its files to the disk."""
+        for name in names if durable else ():
+            _sync_one(self.staged / name if name else self.staged)
+
+    def commit(
+        self,
+        manifest: Manifest | None = None,
+        durable: bool = True,
+        foreign: Callable[[Path], list[Path]] = lambda folder: [],
+    ) -> None:
         """Make what is at :attr:`staged`, with its ``manifest``, the checkpoint at ``target``.
 
         ``durable``: it is on the disk when this returns, and a power cut cannot undo it or leave half of it.
+        ``foreign`` are entries of the folder that is replaced which are no part of a checkpoint: they stay.
         """
         if manifest is not None:
             attach(self.staged, manifest)
@@ -46,15 +82,50 @@ class Transaction:
         if durable:
             _sync_one(self.target.parent)
         if former is not None:
+            if former.is_dir() and self.target.is_dir():
+                for entry in foreign(former):
+                    os.rename(entry, self.target / entry.name)
             remove(former)
+        self._unlock()
 
     def abort(self) -> None:
         """Remove what was staged; ``target`` is as it was."""
-        remove(self.staged)
+        if self._leads:
+            remove(self.staged)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
-def _beside(target: Path, role: str) -> Path:
-    return target.with_name(f".{target.name[:180]}.{uuid.uuid4().hex[:8]}.{role}")
+def _beside(target: Path, role: str, name: str) -> Path:
+    return target.with_name(f".{target.name[:180]}.{name}.{role}")
+
+
+def _locked(path: Path) -> int | None:
+    """Lock what is at ``path`` and return the descriptor that holds it; None if another process does, or none can."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held by another process, or a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def remove_if_stale(path: Path) -> None:
+    """Remove what a process has staged, or was about to delete, if it has ended since."""
+    try:
+        lock = _locked(path)
+    except FileNotFoundError:
+        return
+    if lock is not None:
+        remove(path)
+        os.close(lock)
 
 
 def _put_in_place(staged: Path, target: Path) -> Path | None:
@@ -64,7 +135,7 @@ def _put_in_place(staged: Path, target: Path) -> Path | None:
         return None
     if _exchange(staged, target):
         return staged
-    former = _beside(target, _FORMER)
+    former = _beside(target, _FORMER, uuid.uuid4().hex[:8])
     os.rename(target, former)
     try:
         os.rename(staged, target)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import shutil
 import zipfile
 from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager
@@ -12,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning.fabric.checkpoint.manifest import MANIFEST
+from lightning.fabric.checkpoint.saving import Prepared, Written
 from lightning.fabric.strategies._single_file import _validate_keys_for_strict_loading, check_module, is_stateful
 from lightning.fabric.utilities.types import _PATH
 
 TAG = "checkpoint"  # the folder in the checkpoint's folder that has the files of all ranks
 OWN_STATE = "fabric"  # key of the user's values, kept apart from what DeepSpeed writes under names of its own
+_ENTRIES = frozenset({TAG, "latest", "zero_to_fp32.py", MANIFEST})  # of the checkpoint's folder
 _DEEPSPEEDS_KEYS = frozenset(
     {
         "module",
@@ -77,15 +79,34 @@ def state_of(obj: Any) -> Any:
     return obj.state_dict() if callable(getattr(obj, "state_dict", None)) else obj
 
 
-def put_in_place(folder: Path, temporary: str) -> None:
-    """Let the complete files in ``temporary`` take the place of a checkpoint that is there already."""
-    target, former = folder / TAG, folder / f"{temporary}-former"
-    if target.exists():
-        target.rename(former)
-    (folder / temporary).rename(target)
-    (folder / "latest").write_text(TAG)
-    if former.exists():
-        shutil.rmtree(former)
+class FolderOfAnEngine:
+    """A checkpoint to be written by an engine, which takes all ranks."""
+
+    def __init__(self, engine: Any, options: dict[str, Any], rank: int) -> None:
+        self._engine = engine
+        self._options = options
+        self._mark = f"zero_pp_rank_{rank}_"  # in the names of the files that are this rank's alone
+
+    def prepared(self) -> Prepared:
+        """Return how it is saved."""
+        # one that goes on writing after the call: nothing may be renamed, or described, meanwhile
+        in_place = self._engine.checkpoint_engine.is_decoupled()
+        return Prepared(self._write, is_folder=True, in_place=in_place, check=_refuse_file, foreign=_foreign_entries)
+
+    def _write(self, staged: Path) -> Written:
+        self._engine.save_checkpoint(os.fspath(staged), tag=TAG, **self._options)
+        folder = Path(staged) / TAG
+        return Written([f"{TAG}/{file.name}" for file in folder.iterdir() if self._mark in file.name])
+
+
+def _refuse_file(path: _PATH) -> None:
+    folder = Path(os.fspath(path))
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"DeepSpeed saves a folder, but {str(folder)!r} is a file. Choose another path.")
+
+
+def _foreign_entries(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if entry.name not in _ENTRIES]
 
 
 def checkpoint_folder(path: _PATH) -> Path:

@@ -3,14 +3,59 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning.fabric.checkpoint.saving import Prepared, Written
+from lightning.fabric.checkpoint.snapshot import detached
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
 from lightning.fabric.utilities.compilation import PREFIX, name_without_compilation
+from lightning.fabric.utilities.types import _PATH
+
+# -- saving
+
+
+class SingleFile:
+    """A file to be written through ``io``; ``checkpoint`` None: by another rank."""
+
+    def __init__(self, io: CheckpointIO, checkpoint: dict[str, Any] | None, storage_options: Any = None) -> None:
+        self._io = io
+        self._checkpoint = checkpoint
+        self._storage_options = storage_options
+
+    def prepared(self) -> Prepared:
+        """Return how it is saved."""
+        if not self._io.to_any_path or self._storage_options is not None:  # it knows what they mean, if anything
+            return Prepared(self._write_in_place, in_place=True)
+        return Prepared(self._write, detach=self._detach, check=_refuse_folder)
+
+    def _write_in_place(self, path: Any) -> Written:
+        if self._checkpoint is not None:
+            self._io.save_checkpoint(checkpoint=self._checkpoint, path=path, storage_options=self._storage_options)
+        return Written()
+
+    def _write(self, staged: Path) -> Written:
+        if self._checkpoint is None:
+            return Written()
+        self._io.write_checkpoint(self._checkpoint, staged)
+        return Written([""])
+
+    def _detach(self, copy: Callable[[Tensor], Tensor]) -> None:
+        self._checkpoint = detached(self._checkpoint, copy)
+
+
+def _refuse_folder(path: _PATH) -> None:
+    if _is_local_file_protocol(path) and _local_path(path).is_dir():
+        raise IsADirectoryError(f"Cannot save a file as {str(path)!r}: there is a folder of that name.")
+
+
+# -- loading
 
 _CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."  # what torch puts into the names of modules, but not into keys
 

@@ -6,7 +6,7 @@ value is read. A graph with a collective in it must be run by every rank.
 
 import pickle
 from abc import ABC
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.checkpoint.saving import OneRank, Peers, Prepared
 from lightning.fabric.plugins.environments.xla import XLAEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.xla import XLACheckpointIO
@@ -82,17 +83,16 @@ class OnXLA(Strategy, ABC):
         torch_xla.sync()
         return output
 
-    def save_checkpoint(
+    def _prepare_checkpoint(
         self,
-        path: _PATH,
         state: MutableMapping[str, Any],
-        storage_options: Any = None,
-        filter: dict[str, Callable[[str, Any], bool]] | None = None,
-    ) -> None:
+        storage_options: Any,
+        filter: Mapping[str, Callable[[str, Any], bool]],
+    ) -> Prepared:
         import torch_xla
 
         torch_xla.sync()  # on every rank, or the one that reads the tensors would wait for the others
-        super().save_checkpoint(path, state, storage_options, filter)
+        return super()._prepare_checkpoint(state, storage_options, filter)
 
     def load_checkpoint(
         self,
@@ -262,6 +262,18 @@ class XLARanks(OnXLA, ParallelStrategy, ABC):
         if error is not None:
             raise error
         raise RuntimeError(f"Rank {failed} failed while {doing}, so no rank goes on. {text}")
+
+    def _gather_objects(self, obj: Any) -> list[Any] | None:
+        gathered = [self.broadcast(obj, src=rank) for rank in range(self.world_size)]
+        return gathered if self.global_rank == 0 else None
+
+    def _peers(self, in_background: bool = False) -> Peers:
+        if in_background and self.world_size > 1:
+            raise NotImplementedError(
+                f"{type(self).__name__} cannot save while training goes on: the ranks talk through XLA's collectives "
+                "alone. Use `blocking=True`."
+            )
+        return OneRank() if in_background else super()._peers()
 
     def _need_group(self, verb: str) -> None:
         if self._world is None:

@@ -8,12 +8,14 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning.fabric.checkpoint.manifest import MANIFEST
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
@@ -298,6 +300,11 @@ def remove_other_files(folder: _PATH, world_size: int) -> None:
     for (_, world), path in _rank_files(str(folder)).items():
         if world != world_size:
             fs.rm(path)
+
+
+def foreign_entries(folder: Path) -> list[Path]:
+    """Return what lies in ``folder`` but is no part of a checkpoint."""
+    return [entry for entry in folder.iterdir() if entry.name != MANIFEST and not _FILE.fullmatch(entry.name)]
 
 
 def _rank_files(folder: str) -> dict[tuple[int, int], str]:

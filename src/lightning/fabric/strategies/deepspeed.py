@@ -5,10 +5,9 @@ import logging
 import os
 import shutil
 import sys
-import uuid
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from io import StringIO
@@ -21,6 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.checkpoint.saving import Prepared
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.precision.deepspeed import DeepSpeedPrecision
@@ -38,12 +38,11 @@ from lightning.fabric.strategies._deepspeed_config import (
 )
 from lightning.fabric.strategies._deepspeed_files import (
     OWN_STATE,
-    TAG,
+    FolderOfAnEngine,
     Loading,
     checkpoint_folder,
     gathered,
     gathered_state,
-    put_in_place,
     state_of,
 )
 from lightning.fabric.strategies._deepspeed_holding import gradients_of, held_whole, part_of
@@ -530,34 +529,24 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
 
     # -- files
 
-    def save_checkpoint(
+    def _prepare_checkpoint(
         self,
-        path: _PATH,
         state: MutableMapping[str, Any],
-        storage_options: Any = None,
-        filter: Any = None,
-    ) -> None:
-        """Collective: write a folder of DeepSpeed's; ``path`` is seen by all ranks.
+        storage_options: Any,
+        filter: Mapping[str, Callable[[str, Any], bool]],
+    ) -> Prepared:
+        """Collective: a folder of DeepSpeed's; its path is seen by all ranks.
 
         ``state`` has exactly one module with an engine; its optimizer and scheduler are saved with it in any case.
         """
         if storage_options is not None:
             raise TypeError(f"DeepSpeed writes files itself and has no use for storage_options={storage_options!r}.")
-        if filter is not None:
+        if filter:
             raise TypeError("DeepSpeed writes the whole of its state, so it cannot apply a `filter`. Leave it out.")
         engine = self._engine_in(state, "save")
-        folder = Path(os.fspath(path))
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"DeepSpeed saves a folder, but {str(folder)!r} is a file. Choose another path.")
         others = {OWN_STATE: {key: state_of(obj) for key, obj in self._besides(engine, state).items()}}
         options = {"client_state": others, "exclude_frozen_parameters": self._exclude_frozen_parameters}
-        if engine.checkpoint_engine.is_decoupled():  # goes on writing after this call, so nothing may be renamed
-            engine.save_checkpoint(str(folder), tag=TAG, **options)
-            return
-        temporary = self.broadcast(f".{TAG}-{uuid.uuid4().hex[:8]}")
-        engine.save_checkpoint(str(folder), tag=temporary, save_latest=False, **options)
-        if self.is_global_zero:
-            put_in_place(folder, temporary)
+        return FolderOfAnEngine(engine, options, self.global_rank).prepared()
 
     def load_checkpoint(
         self,
@@ -566,7 +555,7 @@ class DeepSpeedStrategy(DDPStrategy, _Sharded):
         strict: bool = True,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Collective: restore ``state`` in place from what :meth:`save_checkpoint` wrote, and return what is left.
+        """Collective: restore ``state`` in place from what ``save_checkpoint`` wrote, and return what is left.
 
         Optimizer state is restored if ``state`` has the optimizer, and needs as many ranks as there were in saving.
         With ``load_full_weights``, ``path`` may be a file with full weights under the names of ``state``. A bare module

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 
 from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.checkpoint.saving import Peers
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.precision.precision import Precision
 from lightning.fabric.strategies._holding import Holding, ranks
+from lightning.fabric.strategies._peers import CollectivePeers, background_peers
 from lightning.fabric.strategies.strategy import Strategy, TBroadcast
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.distributed import (
@@ -73,6 +76,7 @@ class ParallelStrategy(Strategy, ABC):
         self._num_nodes = 1
         self._world: World | None = None  # known from setup_environment on
         self._owns_group = False
+        self._patience = default_pg_timeout
 
     # ---- facts ---------------------------------------------------------------------------------------------------
 
@@ -188,6 +192,7 @@ class ParallelStrategy(Strategy, ABC):
         Strategy.setup_environment(self)  # the device is current before the group is made on it
         if self.num_processes > 1:
             _set_num_threads_if_needed(self.num_processes)
+        self._patience = timeout or default_pg_timeout
         self._owns_group = self._owns_group or not _distributed_is_initialized()
         _init_dist_connection(
             environment,
@@ -255,6 +260,18 @@ class ParallelStrategy(Strategy, ABC):
         for rank, text in enumerate(texts):
             if text is not None:
                 raise RuntimeError(f"Rank {rank} failed while {doing}, so no rank goes on. {text}")
+
+    def _gather_objects(self, obj: Any) -> list[Any] | None:
+        """Collective: every rank's ``obj`` on rank 0, None elsewhere."""
+        if self.world_size == 1:
+            return [obj]
+        gathered = [None] * self.world_size if self.global_rank == 0 else None
+        dist.gather_object(obj, gathered)
+        return gathered
+
+    def _peers(self, in_background: bool = False) -> Peers:
+        self._need_group("save")
+        return background_peers(self, self._patience) if in_background else CollectivePeers(self)
 
     def _need_group(self, verb: str) -> None:
         if not _distributed_is_initialized():

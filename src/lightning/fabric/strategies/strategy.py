@@ -2,9 +2,10 @@
 
 import copy
 import inspect
+import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -15,11 +16,15 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.checkpoint.background import Saver
+from lightning.fabric.checkpoint.loading import opened
+from lightning.fabric.checkpoint.saving import OneRank, Peers, Prepared, SaveOptions
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.plugins.precision.precision import NO_STEP_HOOKS, Precision, StepHooks
 from lightning.fabric.strategies._holding import Holding
 from lightning.fabric.strategies._single_file import (
+    SingleFile,
     _apply_filter,
     _validate_keys_for_strict_loading,
     by_names_of,
@@ -41,6 +46,7 @@ __all__ = ["Strategy", "TBroadcast", "_apply_filter", "_validate_keys_for_strict
 
 TBroadcast = TypeVar("TBroadcast")
 
+_AS_USUAL = SaveOptions()
 _FULL_PRECISION = Precision()  # has no state, so every strategy without a precision of its own shares it
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()  # may be entered any number of times
 
@@ -122,6 +128,7 @@ class Strategy(ABC):
         self._precision = precision
         self._step_hooks: StepHooks | None = None  # what the precision does in a step: asked for at the first one
         self._launcher: _Launcher | None = None
+        self._saver = Saver()
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
@@ -369,21 +376,60 @@ class Strategy(ABC):
         state: MutableMapping[str, Any],
         storage_options: Any = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
+        options: SaveOptions = _AS_USUAL,
     ) -> None:
-        """Collective: write ``state`` to ``path``; rank 0 alone writes, and nobody waits for it.
+        """Collective: write ``state`` to ``path``; a strategy of your own may override it.
 
         ``state`` mixes modules, optimizers, anything with ``state_dict()``, and plain values. ``filter`` maps keys
-        of it to ``(name, value) -> bool``. Tensors are written from where they are, no copy is made.
+        of it to ``(name, value) -> bool``. Tensors are written from where they are, no copy is made, unless the
+        ``options`` say that training goes on meanwhile.
+
+        Raises:
+            NotImplementedError: if it is to be saved in the background, and cannot be.
+
         """
+        error: Exception | None = None
+        try:
+            self.wait_for_saves()
+            prepared = self._prepare_checkpoint(state, storage_options, filter or {})
+            later = self._peers(in_background=True) if not options.blocking else self._peers()
+            if not options.blocking and prepared.detach is None:
+                raise NotImplementedError(
+                    f"{type(self).__name__} cannot save this while training goes on: what writes it needs all ranks, "
+                    "or is not the library's. Use `blocking=True`."
+                )
+        except Exception as raised:
+            error = raised
+        self.raise_on_all(error, f"saving {os.fspath(path)!r}")
+        self._saver.save(prepared, path, options, self._peers(), later, strategy=type(self).__name__)
+
+    def _prepare_checkpoint(
+        self,
+        state: MutableMapping[str, Any],
+        storage_options: Any,
+        filter: Mapping[str, Callable[[str, Any], bool]],
+    ) -> Prepared:
+        """Collective: gather what is to be written, and who writes what."""
         # on every rank: the state of an object may be collected from all of them
-        checkpoint = self._state_dicts(state, filter or {})
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint=checkpoint, path=path, storage_options=storage_options)
+        checkpoint = self._state_dicts(state, filter)
+        return self._prepared_file(checkpoint if self.is_global_zero else None, storage_options)
+
+    def _prepared_file(self, checkpoint: dict[str, Any] | None, storage_options: Any = None) -> Prepared:
+        """Return a single file that holds ``checkpoint``, which is None on the ranks that do not write."""
+        return SingleFile(self.checkpoint_io, checkpoint, storage_options).prepared()
+
+    def wait_for_saves(self) -> None:
+        """Return when no checkpoint is being written in the background; raise what went wrong with the last one."""
+        self._saver.wait()
+
+    def _peers(self, in_background: bool = False) -> Peers:
+        """The ranks that save and load together: by collectives; or, where training goes on meanwhile, without."""
+        return OneRank()
 
     def _state_dicts(
         self,
         state: MutableMapping[str, Any],
-        filter: dict[str, Callable[[str, Any], bool]],
+        filter: Mapping[str, Callable[[str, Any], bool]],
     ) -> dict[str, Any]:
         checkpoint: dict[str, Any] = {}
         for key, obj in state.items():
@@ -396,6 +442,14 @@ class Strategy(ABC):
                 value = obj.state_dict()
             _apply_filter(key, filter, value, checkpoint)
         return checkpoint
+
+    def opened_checkpoint(self, path: _PATH, digests: bool) -> AbstractContextManager[_PATH]:
+        """Collective: a context with the path to read, of a checkpoint that is what was saved; see ``loading.opened``.
+
+        What a ``CheckpointIO`` of the user's has written is left to that.
+        """
+        self.raise_on_all(_error_of(self.wait_for_saves), "saving in the background")
+        return opened(path, digests, self._peers()) if self.checkpoint_io.to_any_path else nullcontext(path)
 
     def load_checkpoint(
         self,
@@ -527,10 +581,13 @@ class Strategy(ABC):
 
     def teardown(self) -> None:
         """Let go of everything; calling it again does nothing."""
-        self.precision.teardown()
-        if self.accelerator is not None:
-            self.accelerator.teardown()
-        self.checkpoint_io.teardown()
+        try:
+            self.wait_for_saves()
+        finally:
+            self.precision.teardown()
+            if self.accelerator is not None:
+                self.accelerator.teardown()
+            self.checkpoint_io.teardown()
 
     @classmethod  # noqa: B027
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -551,6 +608,14 @@ class _OneProcess:
 
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         return obj
+
+
+def _error_of(call: Callable[[], None]) -> Exception | None:
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
 
 
 def _is_checkpointed(part: nn.Module) -> bool:

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.checkpoint.saving import Prepared, Written
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.precision._kept import is_kept
 from lightning.fabric.plugins.precision.precision import Precision, dtype_name
@@ -307,14 +309,13 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
 
     # -- files
 
-    def save_checkpoint(
+    def _prepare_checkpoint(
         self,
-        path: _PATH,
         state: MutableMapping[str, Any],
-        storage_options: Any = None,
-        filter: dict[str, Callable[[str, Any], bool]] | None = None,
-    ) -> None:
-        """Collective: write a folder with a file per rank, or one file, as ``state_dict_type`` says.
+        storage_options: Any,
+        filter: Mapping[str, Callable[[str, Any], bool]],
+    ) -> Prepared:
+        """Collective: a folder with a file per rank, or one file, as ``state_dict_type`` says.
 
         In a folder, what is in no parts is in the file of rank 0. The file for rank 1 of 4 is
         ``checkpoint_rank-00000001-of-00000004.pth``. With the module under the key ``"model"``,
@@ -331,26 +332,27 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
             )
         torch_xla.sync()
         if self._is_full:
-            self._save_file(path, state, filter or {})
-        else:
-            self._save_folder(path, state, self._root_of(module))
+            whole = self._whole(state, filter)
+            return self._prepared_file(whole if self.is_global_zero else None)
+        own = self._own_part(state, self._root_of(module))
+        in_place = not self.checkpoint_io.to_any_path
+        write = partial(self._write_in_turn, own)
+        return Prepared(write, is_folder=True, in_place=in_place, foreign=shards.foreign_entries)
 
-    def _save_file(
-        self, path: _PATH, state: Mapping[str, Any], filter: Mapping[str, Callable[[str, Any], bool]]
-    ) -> None:
+    def _whole(self, state: Mapping[str, Any], filter: Mapping[str, Callable[[str, Any], bool]]) -> dict[str, Any]:
         checkpoint: dict[str, Any] = {}
         for key, obj in state.items():
             value = self._full_module(obj, rank_zero_only=True) if self._is_set_up(obj) else self._state_of(obj)
             _apply_filter(key, filter, value, checkpoint)
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint=checkpoint, path=path)
+        return checkpoint
 
     def _state_of(self, obj: Any) -> Any:
         if isinstance(obj, Optimizer):
             return self.get_optimizer_state(obj)
         return obj.state_dict() if callable(getattr(obj, "state_dict", None)) else obj
 
-    def _save_folder(self, path: _PATH, state: Mapping[str, Any], root: nn.Module) -> None:
+    def _own_part(self, state: Mapping[str, Any], root: nn.Module) -> dict[str, Any]:
+        """Return what is in this rank's file."""
         own: dict[str, Any] = {}
         parameters: dict[str, list[str | None]] = {}
         whole: dict[str, Any] = {}
@@ -367,15 +369,17 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
             raise ValueError(f"state has the key {shards.METADATA!r}, which describes the files. Rename it.")
         own[shards.METADATA] = shards.metadata_of(root, parameters, save=self.broadcast(shards.new_save()))
         own.update(whole if self.is_global_zero else {})
-        self._write_in_turn(shards.file_of(path, self.global_rank, self.world_size), own)
-        if self.is_global_zero:
-            shards.remove_other_files(path, self.world_size)
+        return own
 
-    def _write_in_turn(self, path: str, checkpoint: dict[str, Any]) -> None:
+    def _write_in_turn(self, checkpoint: dict[str, Any], folder: _PATH) -> Written:
+        file = shards.file_of(folder, self.global_rank, self.world_size)
         for turn in range(self.world_size if self._sequential_save else 1):
-            with self._failing_together(f"writing {path!r}"):
+            with self._failing_together(f"writing {file!r}"):
                 if turn == self.global_rank or not self._sequential_save:
-                    self.checkpoint_io.save_checkpoint(checkpoint=checkpoint, path=path)
+                    self.checkpoint_io.save_checkpoint(checkpoint=checkpoint, path=file)
+        if self.is_global_zero:
+            shards.remove_other_files(folder, self.world_size)
+        return Written([file.rpartition("/")[2]])
 
     @contextmanager
     def _failing_together(self, doing: str) -> Iterator[None]:

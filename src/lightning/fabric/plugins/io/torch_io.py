@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ torch.serialization.add_safe_globals([AttributeDict, bytes])  # torch knows all 
 
 class TorchCheckpointIO(CheckpointIO):
     """Saves with ``torch.save`` and loads with ``torch.load``."""
+
+    to_any_path = True
+
+    def write_checkpoint(self, checkpoint: dict[str, Any], path: Path) -> None:
+        torch.save(checkpoint, path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
         if storage_options is not None:

@@ -1,5 +1,6 @@
 """Checkpoints whose tensors are on XLA devices."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,11 @@ class XLACheckpointIO(TorchCheckpointIO):
 
     Whoever writes makes sure that no tensor waits for other processes: ``torch_xla.sync()`` on all of them.
     """
+
+    to_any_path = True
+
+    def write_checkpoint(self, checkpoint: dict[str, Any], path: Path) -> None:
+        super().write_checkpoint(apply_to_collection(checkpoint, Tensor, _on_cpu), path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
         super().save_checkpoint(apply_to_collection(checkpoint, Tensor, _on_cpu), path, storage_options)

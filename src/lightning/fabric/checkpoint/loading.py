@@ -1,0 +1,97 @@
+"""What is to be read: found, recovered, compared with its manifest; of a folder of checkpoints, the newest good one."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.checkpoint.directory import CheckpointDirectory
+from lightning.fabric.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest, verify
+from lightning.fabric.checkpoint.saving import Peers
+from lightning.fabric.checkpoint.transaction import recover
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.types import _PATH
+
+
+@contextmanager
+def opened(path: _PATH, digests: bool, peers: Peers) -> Iterator[_PATH]:
+    """Collective: a context with the path of the checkpoint to read, which is as it was saved.
+
+    Sizes of files are compared with the manifest, and with ``digests`` their checksums too, which takes reading them
+    once; ranks share the files. What has no manifest, as checkpoints of other programs, is taken as it is. Of a folder
+    of checkpoints it is the newest good one; a warning names those that are newer, and what is wrong with them. What
+    is not on a local disk is copied there.
+
+    Raises:
+        DamagedCheckpointError: on all ranks; it names the file.
+        RuntimeError: on the other ranks, if one cannot read.
+
+    """
+    if not _is_local_file_protocol(path):
+        from lightning.fabric.checkpoint.remote import fetched
+
+        with fetched(str(path), digests, peers) as local:
+            yield local
+        return
+    local = _local_path(path)
+    _on_rank_0(peers, path, lambda: recover(local))
+    if is_directory_of_checkpoints(local):
+        yield _newest_good(CheckpointDirectory(local), digests, peers)
+        return
+    if (damage := _damage(local, digests, peers)) is not None:
+        raise damage
+    yield path
+
+
+def is_directory_of_checkpoints(path: Path) -> bool:
+    """Whether the folder has checkpoints by their steps in it."""
+    return bool(CheckpointDirectory(path).entries())
+
+
+def _newest_good(directory: CheckpointDirectory, digests: bool, peers: Peers) -> Path:
+    """Collective."""
+    path = directory.folder
+    _on_rank_0(peers, path, directory.recover_all)
+    candidates: list[Path] = peers.share([entry.path for entry in directory.entries()] if peers.rank == 0 else None)
+    damages: list[DamagedCheckpointError] = []
+    for candidate in candidates:
+        damage = _damage(candidate, digests, peers, needs_manifest=True)
+        if damage is None:
+            for each in damages:
+                rank_zero_warn(f"{each} It is passed over, and {os.fspath(candidate)!r} is loaded.")
+            return candidate
+        damages.append(damage)
+    raise DamagedCheckpointError(
+        path, damages[0].file, f"{damages[0].what}; and none of its {len(damages)} checkpoints is good"
+    )
+
+
+def _damage(path: Path, digests: bool, peers: Peers, needs_manifest: bool = False) -> DamagedCheckpointError | None:
+    """Collective: what any rank finds wrong with the checkpoint, the same on all of them."""
+    found: Exception | None = None
+    try:
+        if (manifest := read_manifest(path) if path.exists() else None) is not None:
+            verify(path, manifest, digests, is_mine=lambda number: number % peers.size == peers.rank)
+        elif needs_manifest:
+            found = DamagedCheckpointError(path, MANIFEST if path.is_dir() else "", "has no manifest")
+    except (DamagedCheckpointError, OSError) as error:
+        found = error
+    unreadable = found if isinstance(found, OSError) else None
+    peers.raise_on_all(unreadable, f"reading {os.fspath(path)!r}")
+    all_found: list[DamagedCheckpointError | None] | None = peers.gather(found)
+    worst: DamagedCheckpointError | None = peers.share(
+        None if all_found is None else next((each for each in all_found if each is not None), None)
+    )
+    return worst
+
+
+def _on_rank_0(peers: Peers, path: Any, act: Callable[[], None]) -> None:
+    error: Exception | None = None
+    if peers.rank == 0:
+        try:
+            act()
+        except Exception as raised:
+            error = raised
+    peers.raise_on_all(error, f"loading {os.fspath(path)!r}")
