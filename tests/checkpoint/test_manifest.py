@@ -17,13 +17,16 @@ from lightning.fabric.checkpoint.manifest import (
     attach,
     manifest_of,
     read_manifest,
+    record_of,
     verify,
 )
 
 
-def _save_file(path):
+def _save_file(path, trusts_archive=False):
     torch.save({"weight": torch.arange(8.0), "epoch": 3}, path)
-    attach(path, manifest_of(path, step=3, metrics={"loss": 0.5}))
+    record = record_of(path, "", trusts_archive=trusts_archive)
+    assert record.checksum.startswith("crc32/zip:" if trusts_archive else "crc32/4194304:")
+    assert attach(path, Manifest({"": record}, step=3, metrics={"loss": 0.5}))
     return path
 
 
@@ -81,8 +84,10 @@ class TestOneFile:
         manifest = read_manifest(_save_file(tmp_path / "a.pt"))
         assert (manifest.step, dict(manifest.metrics), set(manifest.files)) == (3, {"loss": 0.5}, {""})
 
-    def test_any_flipped_byte_is_noticed(self, tmp_path):
-        path = _save_file(tmp_path / "a.pt")
+    @pytest.mark.parametrize("trusts_archive", [False, True])
+    def test_any_flipped_byte_is_noticed(self, tmp_path, trusts_archive):
+        path = _save_file(tmp_path / "a.pt", trusts_archive)
+        _check(path)
         whole = path.read_bytes()
         for position in range(len(whole)):
             changed = bytearray(whole)
@@ -102,6 +107,16 @@ class TestOneFile:
         assert found is None  # nothing of ours is left in it,
         with pytest.raises((RuntimeError, EOFError, pickle.UnpicklingError)):  # nor anything for torch
             torch.load(path, weights_only=True)
+
+    def test_what_the_disk_made_of_a_file_before_its_manifest_came_is_noticed(self, tmp_path):
+        path = tmp_path / "a.pt"
+        torch.save({"weight": torch.arange(1000.0)}, path)
+        whole = bytearray(path.read_bytes())
+        whole[whole.index(torch.arange(1000.0).numpy().tobytes()) + 2000] ^= 1
+        path.write_bytes(whole)
+        attach(path, Manifest({"": record_of(path, "", trusts_archive=True)}))
+        with pytest.raises(DamagedCheckpointError, match="other content"):
+            _check(path)
 
     def test_of_another_program_has_none(self, tmp_path):
         path = tmp_path / "a.pt"

@@ -22,7 +22,7 @@ from lightning.fabric.plugins.precision.amp import MixedPrecision
 from lightning.fabric.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.fabric.plugins.precision.precision import Precision
 from lightning.fabric.strategies import deepspeed as module_under_test
-from lightning.fabric.strategies._deepspeed_files import checkpoint_folder, put_in_place
+from lightning.fabric.strategies._deepspeed_files import checkpoint_folder
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -178,30 +178,24 @@ class TestConstruction:
 
     def test_a_checkpoint_needs_a_model_that_was_set_up(self, tmp_path: Path) -> None:
         strategy, model = DeepSpeedStrategy(), nn.Linear(1, 1)
-        for call in (strategy.save_checkpoint, strategy.load_checkpoint):
+        for call in (
+            lambda state: strategy._prepare_checkpoint(state, None, {}),
+            lambda state: strategy.load_checkpoint(tmp_path, state),
+        ):
             with pytest.raises(ValueError, match=r"has 0 such models among its keys \['model'\]. Pass the model"):
-                call(tmp_path, {"model": model})
+                call({"model": model})
         for nothing in (None, {}):
             with pytest.raises(ValueError, match="`state` is needed"):
                 strategy.load_checkpoint(tmp_path, nothing)
 
-    def test_what_its_files_cannot_do_is_refused(self, tmp_path: Path) -> None:
+    def test_what_its_files_cannot_do_is_refused(self) -> None:
         with pytest.raises(TypeError, match="cannot apply a `filter`"):
-            DeepSpeedStrategy().save_checkpoint(tmp_path, {}, filter={})
+            DeepSpeedStrategy()._prepare_checkpoint({}, None, {"model": lambda name, value: True})
         with pytest.raises(TypeError, match="no use for storage_options=3"):
-            DeepSpeedStrategy().save_checkpoint(tmp_path, {}, storage_options=3)
+            DeepSpeedStrategy()._prepare_checkpoint({}, 3, {})
 
 
 class TestPlace:
-    def test_a_checkpoint_takes_the_place_of_the_last_one(self, tmp_path: Path) -> None:
-        for content in ("first", "second"):
-            (tmp_path / ".checkpoint-1").mkdir()
-            (tmp_path / ".checkpoint-1" / "file").write_text(content)
-            put_in_place(tmp_path, ".checkpoint-1")
-            assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "latest"}
-            assert (tmp_path / "latest").read_text() == "checkpoint"
-            assert (tmp_path / "checkpoint" / "file").read_text() == content
-
     def test_what_is_no_checkpoint_is_told_from_one(self, tmp_path: Path) -> None:
         checkpoint = tmp_path / "last"
         (checkpoint / "checkpoint").mkdir(parents=True)
@@ -583,7 +577,7 @@ class TestFiles:
     @pytest.mark.parametrize("stage", _SHARED)
     def test_the_folder_is_deepspeeds(self, seen: Any, stage: str) -> None:
         files = seen[0]["round trip"][stage]["files"]
-        assert files == ["checkpoint", "latest", "zero_to_fp32.py", "zero_to_torch.py"]
+        assert files == ["checkpoint", "latest", "manifest.json", "zero_to_fp32.py", "zero_to_torch.py"]
         assert seen[0]["round trip"][stage]["consolidated"] == 0.0
 
     @pytest.mark.parametrize("stage", _STAGES)

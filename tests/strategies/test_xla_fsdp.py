@@ -11,6 +11,7 @@ from tests.xla_stand_in import batches, install, xla  # noqa: F401
 from torch import nn
 
 from lightning.fabric import Fabric
+from lightning.fabric.checkpoint.manifest import DamagedCheckpointError
 from lightning.fabric.strategies.xla_fsdp import XLAFSDPStrategy, _activation_checkpointing_auto_wrapper
 from lightning.fabric.testing import on_ranks, preload
 from lightning.fabric.testing.contract import check_strategy
@@ -295,9 +296,12 @@ class TestOnOneDevice:
             fabric.load(tmp_path / "empty", {"model": model})
         fabric.save(tmp_path / "x", {"model": model})
         with pytest.raises(ValueError, match="Pass the folder"):
-            fabric.load(next((tmp_path / "x").iterdir()), {"model": model})
-        (file,) = (tmp_path / "x").iterdir()
+            fabric.load(next((tmp_path / "x").glob("*.pth")), {"model": model})
+        (file,) = (tmp_path / "x").glob("*.pth")
         file.rename(tmp_path / "x" / "checkpoint_rank-00000001-of-00000002.pth")
+        with pytest.raises(DamagedCheckpointError, match=f"'{file.name}' is missing"):
+            fabric.load(tmp_path / "x", {"model": model})
+        (tmp_path / "x" / "manifest.json").unlink()
         with pytest.raises(ValueError, match="for each rank, but has 1"):
             fabric.load(tmp_path / "x", {"model": model})
         fabric.save(tmp_path / "y", {"model": model})
@@ -480,6 +484,7 @@ def test_checkpoints_of_two_ranks_are_loaded_by_two_and_by_three(tmp_path):
     assert sorted(file.name for file in (tmp_path / "folder").iterdir()) == [
         "checkpoint_rank-00000000-of-00000002.pth",
         "checkpoint_rank-00000001-of-00000002.pth",
+        "manifest.json",
     ]
     _on_ranks(3, _load_by_more, tmp_path)
     plain, optimizer = _plain()

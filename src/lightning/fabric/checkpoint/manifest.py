@@ -9,11 +9,11 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lightning.fabric.checkpoint.checksum import checksum, is_known
+from lightning.fabric.checkpoint.checksum import again, checksum, is_known
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -22,6 +22,7 @@ _END_OF_MANIFEST = b',"self":"'  # and eight digits, and two letters more
 _COMMENT_LIMIT = 0xFFFF
 _END_OF_ARCHIVE = b"PK\x05\x06"  # https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, 4.3.16
 _END_SIZE = 22
+_COMMENT_SIZE = 2  # the bytes that say how long the comment is, the last ones of an archive without
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -103,10 +104,23 @@ def files_of(path: Path) -> list[str]:
     return sorted(name for name in found if name != MANIFEST)
 
 
-def record_of(path: Path, name: str, checksums: bool = True) -> FileRecord:
+def record_of(path: Path, name: str, checksums: bool = True, trusts_archive: bool = False) -> FileRecord:
+    """Return what the file is now, but for the two bytes that will say how long its manifest is, if it takes one.
+
+    ``trusts_archive``: see :func:`~lightning.fabric.checkpoint.checksum.checksum`.
+    """
     file = path / name if name else path
     size = file.stat().st_size
-    return FileRecord(size, checksum(file, size) if checksums else None)
+    covered = size - _COMMENT_SIZE if not name and _takes_comment(file, size) else size
+    return FileRecord(covered, checksum(file, covered, trusts_archive) if checksums else None)
+
+
+def _takes_comment(file: Path, size: int) -> bool:
+    """Whether the file is an archive that has no comment."""
+    with file.open("rb") as opened:
+        opened.seek(max(0, size - _END_SIZE))
+        end = opened.read()
+    return end.startswith(_END_OF_ARCHIVE) and end[-_COMMENT_SIZE:] == b"\0\0"
 
 
 def attach(path: Path, manifest: Manifest) -> bool:
@@ -114,18 +128,14 @@ def attach(path: Path, manifest: Manifest) -> bool:
     if path.is_dir():
         (path / MANIFEST).write_bytes(manifest.to_bytes())
         return True
-    record = manifest.files[""]
+    size = path.stat().st_size
+    if manifest.files[""].size != size - _COMMENT_SIZE or not _takes_comment(path, size):
+        return False
+    comment = manifest.to_bytes()
+    if len(comment) > _COMMENT_LIMIT:
+        raise ValueError(f"The manifest has {len(comment)} bytes, but at most {_COMMENT_LIMIT} fit into a file.")
     with path.open("r+b") as file:
-        file.seek(max(0, record.size - _END_SIZE))
-        end = file.read()
-        if not end.startswith(_END_OF_ARCHIVE) or end[-2:] != b"\0\0":
-            return False  # not an archive, or one that has a comment
-        # the comment's length, and the comment, are what the checksum does not cover
-        covered = replace(record, size=record.size - 2, checksum=record.checksum and checksum(path, record.size - 2))
-        comment = replace(manifest, files={"": covered}).to_bytes()
-        if len(comment) > _COMMENT_LIMIT:
-            raise ValueError(f"The manifest has {len(comment)} bytes, but at most {_COMMENT_LIMIT} fit into a file.")
-        file.seek(-2, os.SEEK_END)
+        file.seek(-_COMMENT_SIZE, os.SEEK_END)
         file.write(struct.pack("<H", len(comment)) + comment)
     return True
 
@@ -207,7 +217,7 @@ def _compare_size(path: Path, name: str, record: FileRecord) -> None:
 
 def _compare_checksum(path: Path, name: str, record: FileRecord) -> None:
     try:
-        found = checksum(path / name if name else path, record.size)
+        found = again(str(record.checksum), path / name if name else path, record.size)
     except EOFError as error:
         raise DamagedCheckpointError(path, name, "is shorter than it was") from error
     if found != record.checksum:

@@ -5,6 +5,7 @@ Nothing here knows a strategy: what is written is a :class:`Prepared` checkpoint
 """
 
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,10 +62,18 @@ class OneRank:
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank has written: the ``files``, by their paths inside of the checkpoint, and a word for rank 0."""
+    """What a rank has written.
+
+    Attributes:
+        files: by their paths inside of the checkpoint.
+        result: a word for rank 0.
+        in_archives: the files are zip archives, with true checksums of what is in them.
+
+    """
 
     files: Sequence[str] = ()
     result: Any = None
+    in_archives: bool = False
 
 
 def _nothing(staged: Path) -> Written:
@@ -215,7 +224,7 @@ def _place_for(target: _PATH, peers: Peers) -> _Place:
         return Transaction(_local_path(target), name, leads=peers.rank == 0)
     from lightning.fabric.checkpoint.remote import RemoteTransaction
 
-    return RemoteTransaction(str(target), name)
+    return RemoteTransaction(str(target), name, leads=peers.rank == 0)
 
 
 def _begin(prepared: Prepared, place: _Place, target: _PATH) -> None:
@@ -230,9 +239,32 @@ _Part = tuple[Any, dict[str, FileRecord]]
 def _write(prepared: Prepared, place: _Place, options: SaveOptions, target: _PATH) -> _Part:
     with _saying_where(target):
         written = prepared.write(place.staged)
-        records = {name: record_of(place.staged, name, options.digests) for name in written.files}
-        place.deliver(written.files, options.durable)
+        with _meanwhile(lambda: place.deliver(written.files, options.durable)):
+            records = {
+                name: record_of(place.staged, name, options.digests, written.in_archives) for name in written.files
+            }
     return written.result, records
+
+
+@contextmanager
+def _meanwhile(act: Callable[[], None]) -> Iterator[None]:
+    """Call ``act`` while the block runs: disks and networks wait for other things than checksums do."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            act()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _commit(

@@ -18,7 +18,7 @@ from lightning.fabric.utilities.types import _PATH
 
 TAG = "checkpoint"  # the folder in the checkpoint's folder that has the files of all ranks
 OWN_STATE = "fabric"  # key of the user's values, kept apart from what DeepSpeed writes under names of its own
-_ENTRIES = frozenset({TAG, "latest", "zero_to_fp32.py", MANIFEST})  # of the checkpoint's folder
+_ENTRIES = frozenset({TAG, "latest", "zero_to_fp32.py", "zero_to_torch.py", MANIFEST})  # of the checkpoint's folder
 _DEEPSPEEDS_KEYS = frozenset(
     {
         "module",

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.serialization import get_crc32_options
 
 from lightning.fabric.checkpoint.saving import Prepared, Written
 from lightning.fabric.checkpoint.snapshot import detached
@@ -44,7 +45,7 @@ class SingleFile:
         if self._checkpoint is None:
             return Written()
         self._io.write_checkpoint(self._checkpoint, staged)
-        return Written([""])
+        return Written([""], in_archives=get_crc32_options())
 
     def _detach(self, copy: Callable[[Tensor], Tensor]) -> None:
         self._checkpoint = detached(self._checkpoint, copy)
