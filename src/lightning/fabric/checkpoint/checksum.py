@@ -140,9 +140,11 @@ def _entries(file: BinaryIO, size: int) -> list[_Entry] | None:
             listed = sorted(archive.infolist(), key=lambda each: each.header_offset)
         entries, end = [], 0
         for each in listed:
+            if not end <= each.header_offset < size:
+                return None
             lengths = _LOCAL_HEADER.unpack(os.pread(file.fileno(), _LOCAL_HEADER.size, each.header_offset))
             start = each.header_offset + _LOCAL_HEADER.size + sum(lengths)
-            if each.compress_type != zipfile.ZIP_STORED or each.header_offset < end or start + each.file_size > size:
+            if each.compress_type != zipfile.ZIP_STORED or start + each.file_size > size:
                 return None
             entries.append(_Entry(start, each.file_size, each.CRC))
             end = start + each.file_size
