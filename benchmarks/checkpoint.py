@@ -2,6 +2,9 @@
 
 python benchmarks/checkpoint.py [--megabytes 600] [--rounds 5]
 
+A save is on the disk when it returns, which ``torch.save`` alone does not promise: it is compared with ``torch.save``
+and ``fsync``, and with ``torch.save`` alone. Checkpoints that are verified are read once more.
+
 "create and fill" is a model made under ``init_module(empty_init=True)``, set up and loaded into. Bare PyTorch makes it
 on the meta device and lets it have the mapped file's pages (``load_state_dict(assign=True)``). That reads nothing yet,
 and the weights stay the file's: whoever overwrites or truncates it changes them, or ends the process. Fabric copies
@@ -11,6 +14,7 @@ after each was changed once, as the first step of an optimizer does; and with ba
 
 import argparse
 import ctypes
+import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -55,23 +59,64 @@ def saving_and_loading(folder: Path, megabytes: int) -> dict[str, Task]:
     def bare_save() -> None:
         torch.save({"model": model.state_dict()}, bare_file)
 
-    def fabric_save() -> None:
-        fabric.save(fabric_file, {"model": wrapped})
+    def bare_save_to_the_disk() -> None:
+        bare_save()
+        bring_to_the_disk(bare_file)
+
+    def fabric_save(**options: Any) -> None:
+        fabric.save(fabric_file, {"model": wrapped}, **options)
 
     def remove_files() -> None:
+        fabric.strategy.wait_for_saves()
         bare_file.unlink(missing_ok=True)
         fabric_file.unlink(missing_ok=True)
+        os.sync()
 
     def write_files() -> None:
         for file, save in ((bare_file, bare_save), (fabric_file, fabric_save)):
             if not file.exists():
                 save()
+        os.sync()
 
+    def fabric_load(**options: Any) -> None:
+        fabric.load(fabric_file, {"model": wrapped}, **options)
+
+    without, later = {"digests": False}, {"blocking": False}
     return {
-        "save": (bare_save, fabric_save, remove_files),
-        "save over an older file": (bare_save, fabric_save, write_files),
-        "load": (bare_load, lambda: fabric.load(fabric_file, {"model": wrapped}), write_files),
+        "save without digests, bare to the disk too": (
+            bare_save_to_the_disk,
+            partial(fabric_save, **without),
+            remove_files,
+        ),
+        "save, bare to the disk too": (bare_save_to_the_disk, fabric_save, remove_files),
+        "save without digests, bare to the cache": (bare_save, partial(fabric_save, **without), remove_files),
+        "save, bare to the cache": (bare_save, fabric_save, remove_files),
+        "save over an older file": (bare_save_to_the_disk, fabric_save, write_files),
+        "until training goes on, of a blocking save": (fabric_save, partial(fabric_save, **later), remove_files),
+        "load, sizes verified": (bare_load, partial(fabric_load, verify=False), write_files),
+        "load, digests verified": (bare_load, fabric_load, write_files),
     }
+
+
+def bring_to_the_disk(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def megabytes_per_second(folder: Path, megabytes: int) -> float:
+    """Of the disk: a file is written in large pieces, and brought to it."""
+    piece = os.urandom(8 << 20)
+    count = megabytes * 10**6 // len(piece)
+
+    def write() -> None:
+        with (folder / "plain").open("wb") as file:
+            for _ in range(count):
+                file.write(piece)
+        bring_to_the_disk(folder / "plain")
+
+    taken = statistics.median(seconds(write, os.sync) for _ in range(3))
+    (folder / "plain").unlink()
+    return count * len(piece) / 1e6 / taken
 
 
 # ---- create and fill -------------------------------------------------------------------------------------------------
@@ -195,6 +240,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        disk = megabytes_per_second(folder, args.megabytes)
         tasks = saving_and_loading(folder, args.megabytes) | creating(folder, args.megabytes, "32-true")
         in_half = creating(folder, args.megabytes, "bf16-true")
         tasks |= {f"{title}, bf16-true": in_half[title] for title in list(in_half)[-2:]}
@@ -204,7 +250,8 @@ def main() -> None:
         found = on_ranks(2, creating_on_ranks, folder / "32-true.pt", args.megabytes, args.rounds, timeout=1200)[0]
         add("create and fill, fsdp, 2 ranks", *found)
     header = ["", "bare s", "fabric s", "ratio", "bare extra MB", "fabric extra MB"]
-    report("checkpoint", header, rows, tasks=raw, megabytes=args.megabytes)
+    report("checkpoint", header, rows, tasks=raw, megabytes=args.megabytes, disk_megabytes_per_second=disk)
+    print(f"\nThe disk takes {disk:.0f} MB/s.")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -35,7 +36,7 @@ class StorePeers:
 
     def gather(self, obj: Any) -> list[Any] | None:
         prefix = self._next()
-        self._store.set(f"{prefix}/{self.rank}", pickle.dumps(obj))
+        self._set(f"{prefix}/{self.rank}", obj)
         if self.rank != 0:
             return None
         gathered = [self._get(f"{prefix}/{rank}", rank) for rank in range(self.size)]
@@ -47,7 +48,7 @@ class StorePeers:
     def share(self, obj: Any) -> Any:
         prefix = self._next()
         if self.rank == 0:
-            self._store.set(prefix, pickle.dumps(obj))
+            self._set(prefix, obj)
             self._shared.append(prefix)
             return obj
         return self._get(prefix, 0)
@@ -68,17 +69,35 @@ class StorePeers:
         self._round += 1
         return f"{self._name}/{self._round}"
 
+    def _set(self, key: str, obj: Any) -> None:
+        with self._reaching_rank_0():
+            self._store.set(key, pickle.dumps(obj))
+
     def _get(self, key: str, rank: int) -> Any:
         from torch.distributed import DistStoreError
 
         try:
-            self._store.wait([key], self._timeout)
+            with self._reaching_rank_0():
+                self._store.wait([key], self._timeout)
+                return pickle.loads(self._store.get(key))
         except DistStoreError as error:
             raise TimeoutError(
                 f"Rank {rank} did not come to save its part within {self._timeout.total_seconds():g} s. It may have "
                 "ended, or its disk may be slow: see its output, or raise the strategy's `timeout`."
             ) from error
-        return pickle.loads(self._store.get(key))
+
+    @contextmanager
+    def _reaching_rank_0(self) -> Iterator[None]:
+        """Whose process most often holds the store."""
+        from torch.distributed import DistNetworkError
+
+        try:
+            yield
+        except DistNetworkError as error:
+            raise ConnectionError(
+                f"Rank {self.rank} lost the connection through which ranks agree on a save: the process that holds it, "
+                "rank 0's as a rule, may have ended. See its output."
+            ) from error
 
 
 class Saver:

@@ -8,7 +8,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
@@ -187,7 +187,8 @@ def save(prepared: Prepared, target: _PATH, options: SaveOptions, peers: Peers, 
         )
         _agreed(peers, doing, options.committed, on_rank_0=True)
     except BaseException:
-        place.abort()
+        with suppress(OSError):  # the first error is the one to see; a later save removes what is left
+            place.abort()
         raise
 
 
