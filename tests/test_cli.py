@@ -1,6 +1,6 @@
 """`fabric run`: which words are whose, what is exported, how many ranks, which port, and what a mistake is told.
 
-And that `fabric consolidate` reaches its command.
+And that `fabric consolidate` and `fabric checkpoint` reach their commands.
 """
 
 import socket
@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning.fabric import cli
+from lightning.fabric.checkpoint import consolidation
 from lightning.fabric.strategies.launchers import ranks_of_a_script
-from lightning.fabric.utilities import consolidate_checkpoint
 
 
 @pytest.fixture
@@ -178,6 +178,7 @@ def _help_without_torch(*words):
 
 def test_help_answers_without_torch():
     assert "merge a sharded checkpoint into one file" in _help_without_torch()
+    assert "list, verify, convert and compare checkpoints" in _help_without_torch()
     help_text = _help_without_torch("run")
     assert "fabric run [OPTIONS] SCRIPT" in help_text
     assert "ddp_spawn" not in help_text
@@ -187,9 +188,7 @@ def test_help_answers_without_torch():
 @pytest.mark.parametrize("option", ["--output_file", "--output-file"])
 def test_consolidate_reaches_its_command(monkeypatch, option):
     calls = []
-    monkeypatch.setattr(
-        consolidate_checkpoint, "consolidate_checkpoint", lambda *call: calls.append(call) or "merged.pt"
-    )
+    monkeypatch.setattr(consolidation, "consolidate_checkpoint", lambda *call: calls.append(call) or "merged.pt")
     assert cli.main(["consolidate", "folder"]) == 0
     assert cli.main(["consolidate", "folder", option, "merged.pt"]) == 0
     assert calls == [("folder", None), ("folder", "merged.pt")]
@@ -198,3 +197,10 @@ def test_consolidate_reaches_its_command(monkeypatch, option):
 def test_consolidate_of_nothing_is_a_message_and_exit_code_1(capsys, tmp_path):
     assert cli.main(["consolidate", str(tmp_path / "gone")]) == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_checkpoint_reaches_its_commands(capsys, tmp_path):
+    assert cli.main(["checkpoint", "list", str(tmp_path)]) == 0
+    assert "no checkpoints" in capsys.readouterr().out
+    assert cli.main(["checkpoint", "verify", str(tmp_path / "gone")]) == 1
+    assert "fabric checkpoint verify: There is nothing at" in capsys.readouterr().err

@@ -23,13 +23,16 @@ ROWS: list[set[str]] = [
     },
     {"plugins", "strategies.launchers"},
     {"strategies"},
-    {"_accumulation", "_checks", "_plan", "connector", "observe", "wrappers"},
+    {"_accumulation", "_checkpoints", "_checks", "_plan", "connector", "observe", "wrappers"},
     {"fabric"},
     {"", "cli", "testing"},  # "" is the package itself: `from lightning.fabric import Fabric`
 ]
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 # What runs only where something is sharded: imported on first use, and by each other
 SHARDED = {
+    "checkpoint.comparison",
+    "checkpoint.contents",
+    "checkpoint.conversion",
     "plugins.precision.fsdp",
     "strategies._dtensor",
     "strategies._fsdp_module",

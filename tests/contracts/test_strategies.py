@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import time
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning.fabric.checkpoint.saving import Prepared
 from lightning.fabric.strategies import STRATEGY_REGISTRY, Strategy
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.testing import RankError, preload
@@ -240,6 +244,18 @@ class _ForgetsOptimizers(DDPStrategy):
         return {**super().get_optimizer_state(optimizer), "state": {}}
 
 
+class _SavesWhatIsThereLater(DDPStrategy):
+    def _prepare_checkpoint(self, *args: Any) -> Prepared:
+        prepared = super()._prepare_checkpoint(*args)
+        write = lambda staged: (time.sleep(0.5), prepared.write(staged))[1]
+        return replace(prepared, write=write, detach=lambda copy: None)
+
+
+class _LoadsAnything(DDPStrategy):
+    def opened_checkpoint(self, path: Any, digests: bool) -> Any:
+        return nullcontext(path)
+
+
 class _FillsWhatIsEmpty(DDPStrategy):
     def load_module_state_dict(self, module: nn.Module, state_dict: Any, strict: bool = True) -> None:
         super().load_module_state_dict(module, {name: value * 0 for name, value in state_dict.items()})
@@ -282,6 +298,8 @@ BREAKERS: dict[type[Strategy], tuple[str, str]] = {
     _DealsEveryoneTheSame: ("ranks_share_out_the_data", "cut into 2 parts, of which the ranks get [0, 0]"),
     _KeepsErrorsToItself: ("a_failure_is_raised_on_all_ranks", "does not hear of an error that another rank has"),
     _ForgetsOptimizers: ("goes_on_from_a_checkpoint", "ends with other weights than training that went on"),
+    _SavesWhatIsThereLater: ("saves_while_training_goes_on", "is not what was there when `save` was called"),
+    _LoadsAnything: ("refuses_a_checkpoint_that_is_damaged", "of which a byte has changed is loaded"),
     _FillsWhatIsEmpty: ("loads_into_a_model_that_was_made_empty", "has other weights than the checkpoint"),
     _IsNeverStrict: ("misses_a_key_that_is_not_in_the_checkpoint", "is passed over by `load(strict=True)`"),
     _DoesNotFilter: ("a_filter_leaves_entries_out", "is not missed by `load(strict=True)`"),

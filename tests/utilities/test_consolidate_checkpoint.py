@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning.fabric.accelerators.cpu import CPUAccelerator
+from lightning.fabric.checkpoint.manifest import read_manifest, verify
+from lightning.fabric.checkpoint.saving import SaveOptions, save
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.strategies import _sharded_files as files
 from lightning.fabric.strategies.ddp import DDPStrategy
@@ -54,8 +56,8 @@ def _save(folder: str, processes: int) -> None:
     model = _model()
     fully_shard(model, mesh=init_device_mesh("cpu", (processes,)))
     state = _train(model)
-    files.save_checkpoint(strategy, f"{folder}/c.ckpt", state, sharded=True)
-    files.save_checkpoint(strategy, f"{folder}/full", state, sharded=False)
+    for path, sharded in ((f"{folder}/c.ckpt", True), (f"{folder}/full", False)):
+        save(files.prepare(strategy, state, sharded=sharded), path, SaveOptions(), strategy._peers())
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,15 @@ def test_the_file_is_what_a_full_save_writes(checkpoint: Path, saved: Path) -> N
     )
 
 
+def test_the_file_has_a_manifest_of_its_own(checkpoint: Path) -> None:
+    output = consolidate_checkpoint(checkpoint)
+    manifest, of_folder = read_manifest(output), read_manifest(checkpoint)
+    assert manifest is not None
+    assert of_folder is not None
+    verify(output, manifest)
+    assert (manifest.strategy, manifest.step) == (of_folder.strategy, of_folder.step)
+
+
 def _load(path: str) -> bool:
     strategy = DDPStrategy(
         CPUAccelerator(), [torch.device("cpu")], LightningEnvironment(), timeout=timedelta(seconds=30)
@@ -131,12 +142,14 @@ def test_a_relative_folder_with_a_slash_gets_its_file_beside_it(
 
 
 def test_a_folder_without_plain_values_is_one_of_torchs_own(checkpoint: Path) -> None:
-    (checkpoint / "meta.pt").unlink()
+    for name in ("meta.pt", "manifest.json"):
+        (checkpoint / name).unlink()
     assert torch.load(consolidate_checkpoint(checkpoint), weights_only=True).keys() == {"model", "adam", "sgd"}
 
 
 def test_objects_are_merged_if_they_are_trusted(checkpoint: Path) -> None:
     torch.save({"where": Path("here")}, checkpoint / "meta.pt")
+    (checkpoint / "manifest.json").unlink()
     assert main([str(checkpoint)]) == 1
     merged = torch.load(consolidate_checkpoint(checkpoint, weights_only=False), weights_only=False)
     assert merged["where"] == Path("here")
@@ -167,6 +180,16 @@ def _index_is_cut(folder: Path) -> None:
     (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes()[:50])
 
 
+def _shard_of_an_old_one_is_gone(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    _shard_is_gone(folder)
+
+
+def _index_of_an_old_one_is_cut(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    _index_is_cut(folder)
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -174,8 +197,10 @@ def _index_is_cut(folder: Path) -> None:
         (_no_metadata, "c.ckpt' is no sharded checkpoint. It has no `.metadata`. Pass the folder"),
         (_a_file, "c.ckpt' is no sharded checkpoint. It is a file, and may be consolidated already"),
         (_output_exists, "c.ckpt.consolidated' exists. Delete it, or choose another path with --output_file"),
-        (_shard_is_gone, "c.ckpt' is damaged: FileNotFoundError"),
-        (_index_is_cut, "c.ckpt' is damaged: its .metadata"),
+        (_shard_is_gone, "c.ckpt' is damaged: its file '__1_0.distcp' is missing"),
+        (_index_is_cut, "c.ckpt' is damaged: its file '.metadata' has 50 bytes"),
+        (_shard_of_an_old_one_is_gone, "c.ckpt' is damaged: FileNotFoundError"),
+        (_index_of_an_old_one_is_cut, "c.ckpt' is damaged: its .metadata"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_1(

@@ -2,6 +2,7 @@
 
 ``fabric run [OPTIONS] SCRIPT [ARGUMENTS]`` starts a script as one process per device.
 ``fabric consolidate FOLDER [--output_file PATH]`` merges a sharded checkpoint into one file.
+``fabric checkpoint {list,verify,convert,diff}`` is for checkpoints of any form.
 
 Torch is not imported before it is clear that there is work for it, so that ``--help`` and wrong options answer at once.
 """
@@ -13,10 +14,11 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from lightning.fabric.checkpoint import commands as checkpoint_commands
+from lightning.fabric.checkpoint import consolidation
 from lightning.fabric.plugins.environments.lightning import keep_network_port
 from lightning.fabric.plugins.precision._table import canonical
 from lightning.fabric.strategies._table import STRATEGIES
-from lightning.fabric.utilities import consolidate_checkpoint
 
 _ACCELERATORS = ("cpu", "gpu", "cuda", "mps", "tpu")
 _MAIN_PORT = 29400
@@ -29,11 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["run"]:
         return _run(words[2:] if _is_old_spelling(words) else words[1:])
     if words[:1] == ["consolidate"]:
-        return consolidate_checkpoint.main(words[1:])
+        return consolidation.main(words[1:])
+    if words[:1] == ["checkpoint"]:
+        return checkpoint_commands.main(words[1:])
     parser = argparse.ArgumentParser("fabric", description="Run PyTorch scripts on any number of devices.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parser("run", help="run a script as one process per device")
     commands.add_parser("consolidate", help="merge a sharded checkpoint into one file")
+    commands.add_parser("checkpoint", help="list, verify, convert and compare checkpoints")
     parser.parse_args(words)
     return 0
 

@@ -7,6 +7,9 @@
 * ``saving``: one save by several ranks; ``background`` and ``snapshot``: while training goes on
 * ``loading``: what is to be read, verified
 * ``directory``: many of them, the latest good one, and which are kept
+* ``safetensors_files``: weights alone, as Hugging Face lays them out
+* ``contents``: a checkpoint of any form, opened; ``conversion`` and ``comparison`` of such
+* ``commands``, ``consolidation``: the command line
 """
 
 from typing import TYPE_CHECKING

@@ -75,7 +75,7 @@ def _damage(path: Path, digests: bool, peers: Peers, needs_manifest: bool = Fals
         if (manifest := read_manifest(path) if path.exists() else None) is not None:
             verify(path, manifest, digests, is_mine=lambda number: number % peers.size == peers.rank)
         elif needs_manifest:
-            found = DamagedCheckpointError(path, MANIFEST if path.is_dir() else "", "has no manifest")
+            found = _without_manifest(path)
     except (DamagedCheckpointError, OSError) as error:
         found = error
     unreadable = found if isinstance(found, OSError) else None
@@ -85,6 +85,12 @@ def _damage(path: Path, digests: bool, peers: Peers, needs_manifest: bool = Fals
         None if all_found is None else next((each for each in all_found if each is not None), None)
     )
     return worst
+
+
+def _without_manifest(path: Path) -> DamagedCheckpointError:
+    if path.is_dir():
+        return DamagedCheckpointError(path, MANIFEST, "is missing")
+    return DamagedCheckpointError(path, "", "has no manifest")
 
 
 def _on_rank_0(peers: Peers, path: Any, act: Callable[[], None]) -> None:

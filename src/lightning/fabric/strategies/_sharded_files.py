@@ -7,23 +7,24 @@ any way or not at all.
 
 import copy
 import os
-import shutil
-import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
+from lightning.fabric.checkpoint.safetensors_files import is_safetensors
+from lightning.fabric.checkpoint.saving import Prepared, Written
+from lightning.fabric.checkpoint.snapshot import detached
 from lightning.fabric.strategies._dtensor import distribute_like, full_tensor, local_shard, local_tensor
 from lightning.fabric.strategies._single_file import (
     _apply_filter,
@@ -38,40 +39,40 @@ from lightning.fabric.strategies._single_file import (
     wrong_names,
 )
 from lightning.fabric.strategies.parallel import ParallelStrategy
-from lightning.fabric.strategies.strategy import _read
+from lightning.fabric.strategies.strategy import Strategy, _read
 from lightning.fabric.utilities import sharded_folder
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
+from lightning.fabric.utilities.load import is_sharded_folder
 from lightning.fabric.utilities.optimizer import parameter_names
-from lightning.fabric.utilities.sharded_folder import Place, ShardedFolder
+from lightning.fabric.utilities.sharded_folder import Place, ShardedFolder, Shards
 from lightning.fabric.utilities.types import _PATH
 
 _Filter = Mapping[str, Callable[[str, Any], bool]]
 
 # -- saving
 
+_PREPARING = "collecting what is saved"
 
-def save_checkpoint(
+
+def prepare(
     strategy: ParallelStrategy,
-    path: _PATH,
-    state: MutableMapping[str, Any],
+    state: Mapping[str, Any],
     *,
     sharded: bool,
     storage_options: Any = None,
     filter: _Filter | None = None,
-) -> None:
-    """Collective: write ``state`` to ``path``; when it returns, the checkpoint is there for every rank.
+) -> Prepared:
+    """Collective: return ``state`` as it is to be written, the same kind of it on every rank.
 
-    It appears whole or not at all: an older one survives a failure. ``sharded`` makes a folder, with a file from each
-    rank; other files that somebody has put into the folder stay there. Else rank 0 writes one file, and holds a full
-    copy of the state on the CPU while it does.
+    ``sharded`` makes a folder, with a file from each rank. Else rank 0 writes one file, and holds a full copy of the
+    state on the CPU from now on.
 
     Raises:
         TypeError: for ``storage_options``.
         NotImplementedError: for a ``filter`` if ``sharded``.
-        ValueError: if ``sharded`` and there is no module, or an optimizer's module is missing; for a path that is not
-            local if ``sharded``; for ``model.state_dict()`` in place of the model.
-        IsADirectoryError: if not ``sharded``, and the path is a folder that holds more than a checkpoint.
+        ValueError: if ``sharded`` and there is no module, or an optimizer's module is missing; for
+            ``model.state_dict()`` in place of the model.
         RuntimeError: on the other ranks, if one fails; that one raises its own error.
 
     """
@@ -80,18 +81,17 @@ def save_checkpoint(
             f"{type(strategy).__name__} takes no `storage_options`, but got {storage_options!r}. Leave them out."
         )
     if not sharded:
-        _save_full(strategy, path, state, filter or {})
-        return
+        return _prepare_file(strategy, state, filter or {})
     if filter:
         raise NotImplementedError(
             f"`filter` chooses among full tensors, but {type(strategy).__name__} saves shards. Save a full checkpoint "
             "(state_dict_type='full', or save_distributed_checkpoint=False), or leave `filter` out."
         )
-    _save_sharded(strategy, path, state)
+    return _prepare_folder(strategy, state)
 
 
 @contextmanager
-def _all_or_none(strategy: ParallelStrategy, doing: str) -> Iterator[None]:
+def _all_or_none(strategy: Strategy, doing: str) -> Iterator[None]:
     """Collective: an error of the block on one rank is raised on all; no collective that may be missed is inside."""
     error: Exception | None = None
     try:
@@ -101,10 +101,8 @@ def _all_or_none(strategy: ParallelStrategy, doing: str) -> Iterator[None]:
     strategy.raise_on_all(error, doing)
 
 
-def _save_full(strategy: ParallelStrategy, path: _PATH, state: Mapping[str, Any], filter: _Filter) -> None:
-    doing = f"saving {os.fspath(path)!r}"
-    with _all_or_none(strategy, doing):
-        replaces_folder = _is_folder_to_replace(path)
+def _prepare_file(strategy: ParallelStrategy, state: Mapping[str, Any], filter: _Filter) -> Prepared:
+    with _all_or_none(strategy, _PREPARING):
         parts = _Parts.of(strategy, state)
         rest = parts.plain_values()
     full: dict[str, Any] = {}
@@ -115,119 +113,54 @@ def _save_full(strategy: ParallelStrategy, path: _PATH, state: Mapping[str, Any]
             full[key] = full_optimizer_state(parts.optimizers[key], rank_zero_only=True)
         else:
             full[key] = rest[key]
-    with _all_or_none(strategy, doing):
-        if strategy.is_global_zero:
-            checkpoint: dict[str, Any] = {}
-            for key, value in full.items():
-                _apply_filter(key, filter, value, checkpoint)
-            _write_full(strategy, path, checkpoint, replaces_folder)
+    checkpoint: dict[str, Any] = {}
+    with _all_or_none(strategy, _PREPARING):
+        for key, value in full.items() if strategy.is_global_zero else ():
+            _apply_filter(key, filter, value, checkpoint)
+    prepared = strategy._prepared_file(checkpoint if strategy.is_global_zero else None)
+    return replace(prepared, check=_refuse_other_folders)
 
 
-def _is_folder_to_replace(path: _PATH) -> bool:
-    """Whether there is a folder at ``path``, which then is a checkpoint and nothing else."""
+def _refuse_other_folders(path: _PATH) -> None:
+    """Raise if there is a folder at ``path`` that is more than a checkpoint: a file must not take its place."""
     target = _local_path(path)
     if not _is_local_file_protocol(path) or not target.is_dir():
-        return False
-    if not sharded_folder.is_sharded_folder(target) or sharded_folder.foreign_entries(target):
+        return
+    if not is_sharded_folder(target) or sharded_folder.foreign_entries(target):
         raise IsADirectoryError(
             f"Cannot save a full checkpoint as {str(path)!r}: there is a folder of that name, with other things in "
             "it than a checkpoint. Choose the path of a file."
         )
-    return True
 
 
-def _write_full(strategy: ParallelStrategy, path: _PATH, checkpoint: dict[str, Any], replaces_folder: bool) -> None:
-    if not replaces_folder:
-        strategy.checkpoint_io.save_checkpoint(checkpoint=checkpoint, path=path)
-        return
-    target = _local_path(path).resolve()  # a link stays a link
-    staged = _beside(target, "tmp")
-    try:
-        strategy.checkpoint_io.save_checkpoint(checkpoint=checkpoint, path=staged)
-        _put_in_place(staged, target)
-    finally:
-        _remove(staged)
-
-
-def _save_sharded(strategy: ParallelStrategy, path: _PATH, state: Mapping[str, Any]) -> None:
-    doing = f"saving {os.fspath(path)!r}"
-    with _all_or_none(strategy, doing):
-        target = _local_folder(path)
+def _prepare_folder(strategy: ParallelStrategy, state: Mapping[str, Any]) -> Prepared:
+    with _all_or_none(strategy, _PREPARING):
         parts = _Parts.of(strategy, state)
         parts.need_module("Saving shards")
         values, rest = parts.values_to_write(), parts.plain_values()
-    staged = _stage(strategy, target, doing)
-    try:
-        _write(strategy, staged, values, rest, doing)
-        with _all_or_none(strategy, doing):
-            if strategy.is_global_zero:
-                _put_in_place(staged, target)
-    finally:
-        if strategy.is_global_zero:
-            _remove(staged)
+    shards = Shards.plan(values, strategy._peers())
+    part = _PartOfFolder(shards, rest if strategy.is_global_zero else None)
+    return Prepared(
+        part.write, shards.finish, is_folder=True, detach=part.detach, foreign=sharded_folder.foreign_entries
+    )
 
 
-def _local_folder(path: _PATH) -> Path:
-    if not _is_local_file_protocol(path):
-        raise ValueError(
-            f"A sharded checkpoint goes to a folder that all ranks see, but got {str(path)!r}. Mount it, or save a "
-            "full checkpoint there."
-        )
-    return _local_path(path).resolve()  # a link stays a link
+class _PartOfFolder:
+    """What one rank adds to a folder: its shards; and the plain values, which are None but on rank 0."""
 
+    def __init__(self, shards: Shards, plain: Mapping[str, Any] | None) -> None:
+        self._shards = shards
+        self._plain = plain
 
-def _stage(strategy: ParallelStrategy, target: Path, doing: str) -> Path:
-    """Collective: return a fresh folder beside ``target``, the same on every rank."""
-    staged: Path = strategy.broadcast(_beside(target, "tmp"))
-    with _all_or_none(strategy, doing):
-        if strategy.is_global_zero:
-            staged.mkdir(parents=True)
-    return staged
+    def detach(self, copy: Callable[[Tensor], Tensor]) -> None:
+        self._shards.detach(copy)
+        self._plain = detached(self._plain, copy)
 
-
-def _write(
-    strategy: ParallelStrategy, staged: Path, values: Mapping[Place, Any], rest: Mapping[str, Any], doing: str
-) -> None:
-    """Collective: fill the folder ``staged``."""
-    error: Exception | None = None
-    try:
-        sharded_folder.write(staged, values)
-    except CheckpointException as failed:
-        own = failed.failures.get(strategy.global_rank, (None,))[0]
-        error = own if isinstance(own, Exception) else None
-    strategy.raise_on_all(error, doing)
-    with _all_or_none(strategy, doing):
-        if strategy.is_global_zero:
-            sharded_folder.write_meta(staged, rest)
-
-
-def _beside(target: Path, ending: str) -> Path:
-    return target.with_name(f".{target.name[:200]}.{uuid.uuid4().hex[:8]}.{ending}")
-
-
-def _put_in_place(staged: Path, target: Path) -> None:
-    """Rename ``staged`` to ``target``; what was there is deleted last, but for files that are no checkpoint's."""
-    if not os.path.lexists(target):
-        os.rename(staged, target)
-        return
-    old = _beside(target, "old")
-    os.rename(target, old)
-    try:
-        os.rename(staged, target)
-    except BaseException:
-        os.rename(old, target)
-        raise
-    if old.is_dir():
-        for entry in sharded_folder.foreign_entries(old):
-            os.rename(entry, target / entry.name)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    def write(self, folder: Path) -> Written:
+        files, result = self._shards.write(folder)
+        if self._plain is not None:
+            files.append(sharded_folder.write_meta(folder, self._plain))
+        return Written(files, result)
 
 
 # -- the parts of a state
@@ -242,7 +175,7 @@ class _Parts:
     rest: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, strategy: ParallelStrategy, state: Mapping[str, Any]) -> "_Parts":
+    def of(cls, strategy: Strategy, state: Mapping[str, Any]) -> "_Parts":
         parts = cls()
         for key, obj in state.items():
             if isinstance(obj, nn.Module):
@@ -580,27 +513,32 @@ def _split(place: Place, value: Any) -> dict[Place, Any]:
 
 
 def load_checkpoint(
-    strategy: ParallelStrategy,
+    strategy: Strategy,
     path: _PATH,
     state: nn.Module | Optimizer | MutableMapping[str, Any] | None,
     *,
     strict: bool = True,
     weights_only: bool | None = None,
+    in_parts: bool = True,
 ) -> dict[str, Any]:
     """Collective: restore ``state`` in place from a sharded folder or a full file, and return what else is in there.
 
-    ``state`` is what :func:`save_checkpoint` takes; or a module or an optimizer, for a file that holds its bare state
-    dict. The number of ranks may be another one than when saving. Each rank reads only its shards of a folder; a file
-    is mapped, and one tensor at a time is held beyond that. Keys and shapes are checked before anything is changed.
+    ``state`` is what :func:`prepare` takes; or a module or an optimizer, for a file that holds its bare state dict.
+    The number of ranks may be another one than when saving. Each rank reads only its shards of a folder; a file is
+    mapped, and one tensor at a time is held beyond that. Keys and shapes are checked before anything is changed.
+    A module keeps its dtypes, and is given what was saved in these; the state of an optimizer is as it was saved.
 
     Of a folder, the modules and optimizers that ``state`` does not name are not read, and not returned either. Of a
     file they are returned, with tensors that are read when they are first used: the file may be replaced or deleted,
     but must not be overwritten before that.
 
+    Not ``in_parts`` is for a strategy whose ranks have all of a module: plain values may be loaded alone, and without
+    ``state`` each rank gets all that a folder holds, as it would be in a file.
+
     Raises:
         FileNotFoundError: if there is nothing at ``path``.
-        ValueError: if ``state`` has no module; if the path is a folder without a checkpoint; if an optimizer does not
-            fit.
+        ValueError: if ``in_parts`` and ``state`` has no module; if the path is a folder without a checkpoint; if an
+            optimizer does not fit, or its module is missing.
         KeyError: if ``strict`` and the checkpoint lacks a key of ``state``.
         RuntimeError: if a module does not fit: by its keys if ``strict``, by its shapes in any case. On the other
             ranks, if one fails; that one raises its own error.
@@ -611,11 +549,15 @@ def load_checkpoint(
         with _all_or_none(strategy, doing):
             _load_bare(strategy, path, state, strict, weights_only)
         return {}
+    if not in_parts and not state:
+        with _all_or_none(strategy, doing):
+            return sharded_folder.read_all(_local_path(path), weights_only)
     with _all_or_none(strategy, doing):
         if not isinstance(state, MutableMapping) and state is not None:
             raise TypeError(f"`state` must be a dict, a module or an optimizer, but got {state!r}.")
         parts = _Parts.of(strategy, state or {})
-        parts.need_module("Loading works in place, so it")
+        if in_parts:
+            parts.need_module("Loading works in place, so it")
         folder = ShardedFolder(_local_path(path), weights_only) if _is_folder(path) else None
     assert state is not None
     if folder is None:
@@ -629,13 +571,15 @@ def load_checkpoint(
 
 
 def _is_folder(path: _PATH) -> bool:
-    """Whether there is a sharded folder; False for a file, which may be full."""
+    """Whether there is a sharded folder; False for what holds full tensors."""
     if not _is_local_file_protocol(path):
         return False
     local = _local_path(path)
     if not local.exists():
         raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
-    if local.is_dir() and not sharded_folder.is_sharded_folder(local):
+    if is_safetensors(path):
+        return False
+    if local.is_dir() and not is_sharded_folder(local):
         raise ValueError(
             f"The folder {str(path)!r} holds no complete sharded checkpoint: it has no `.metadata`. "
             f"It has {sorted(entry.name for entry in local.iterdir())[:10]}. Pass the path of a checkpoint."
@@ -644,7 +588,7 @@ def _is_folder(path: _PATH) -> bool:
 
 
 def _load_bare(
-    strategy: ParallelStrategy, path: _PATH, obj: nn.Module | Optimizer, strict: bool, weights_only: bool | None
+    strategy: Strategy, path: _PATH, obj: nn.Module | Optimizer, strict: bool, weights_only: bool | None
 ) -> None:
     if _is_folder(path):
         raise ValueError(
@@ -663,7 +607,7 @@ _Restore = Callable[[], dict[str, Any]]  # changes the objects, and returns the 
 
 
 def _prepare_from_file(
-    strategy: ParallelStrategy, path: _PATH, parts: _Parts, strict: bool, weights_only: bool | None
+    strategy: Strategy, path: _PATH, parts: _Parts, strict: bool, weights_only: bool | None
 ) -> tuple[dict[str, Any], _Restore]:
     """Read and check; return what the state does not name, and what is to be done."""
     saved, mapped = _read(strategy.checkpoint_io, path, weights_only, mmap=True)
@@ -717,55 +661,64 @@ def _restore_rest(objects: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[
 
 
 def _prepare_from_folder(
-    strategy: ParallelStrategy, folder: ShardedFolder, parts: _Parts, strict: bool, doing: str
+    strategy: Strategy, folder: ShardedFolder, parts: _Parts, strict: bool, doing: str
 ) -> tuple[dict[str, Any], _Restore]:
     """Collective: check, then read, tensors of modules in place; return what is not named, and what is to be done."""
     with _all_or_none(strategy, doing):
         found = _check_keys(folder, parts, strict)
-        groups = _blank_groups(folder, found.optimizers)
-    _read_folder(strategy, folder, groups, doing)
+        others = {**_blank_groups(folder, found.optimizers), **_blank_plain(folder, parts)}
+        folder.read(others)
+        numbers_of = {key: _numbers_of(folder, found, key, others) for key in found.optimizers}
+        tensors: dict[str, Any] = {}
+        for key, optimizer in found.optimizers.items():
+            tensors |= _blank_state(folder, key, optimizer, numbers_of[key])
+        for key, module in found.modules.items():
+            tensors |= _targets(folder, key, module)
     with _all_or_none(strategy, doing):
-        optimizers = {key: _blank_state(folder, found, key, groups) for key in found.optimizers}
-        modules = {key: _targets(folder, key, module) for key, module in found.modules.items()}
-    tensors = {name: value for each in (*optimizers.values(), *modules.values()) for name, value in each.items()}
-    _read_folder(strategy, folder, tensors, doing)
+        folder.read(tensors)
+    plain = {
+        key: sharded_folder._numbered(_entry(folder, key, others)) for key in _keys_of_plain(folder, parts)
+    } | folder.meta
 
     def restore() -> dict[str, Any]:
         for key, module in found.modules.items():
             _load_what_is_not_in_place(module, _entry(folder, key, tensors))
         for key, optimizer in found.optimizers.items():
-            state = _entry(folder, key, {**groups, **tensors})
-            names = found.names(key)
-            optimizer.load_state_dict(sharded_folder.by_number(state, names.number_of, names.numbers))
-        return _restore_rest(found.rest, {key: folder.meta[key] for key in found.rest})
+            state = _entry(folder, key, {**others, **tensors})
+            optimizer.load_state_dict(sharded_folder.by_number(state, numbers_of[key], _own_numbers(optimizer)))
+        return _restore_rest(found.rest, {key: plain[key] for key in found.rest})
 
-    return {key: value for key, value in folder.meta.items() if key not in found.rest}, restore
+    return {key: value for key, value in plain.items() if key not in found.rest}, restore
 
 
 def _check_keys(folder: ShardedFolder, parts: _Parts, strict: bool) -> _Parts:
     """Return the parts that the folder has; raise where keys or shapes do not fit."""
+    folder.split_names(parts.modules)
     keys = folder.keys()
     stateful = [key for key, module in parts.modules.items() if module.state_dict()]
     _validate_keys_for_strict_loading([*stateful, *parts.optimizers, *parts.rest], keys, strict)
     for key in stateful:
         if key in keys:
-            saved = {place[0]: folder.blank(name, "meta") for name, place in folder.below(key)}
+            saved = {place[0]: folder.blank(name, "meta") for name, place in folder.below(key) if place}
             check_module(parts.modules[key], saved, strict, f"state[{key!r}]", by_itself=False)
     return _Parts(
         {key: parts.modules[key] for key in stateful if key in keys},
         {key: optimizer for key, optimizer in parts.optimizers.items() if key in keys},
-        {key: value for key, value in parts.rest.items() if key in folder.meta},
+        {key: value for key, value in parts.rest.items() if key in keys},
     )
 
 
-def _read_folder(strategy: ParallelStrategy, folder: ShardedFolder, values: dict[str, Any], doing: str) -> None:
-    """Collective: read ``values`` in place."""
-    error: Exception | None = None
-    try:
-        folder.read(values)
-    except CheckpointException as failed:
-        error = folder.cause(failed, strategy.global_rank)
-    strategy.raise_on_all(error, doing)
+def _keys_of_plain(folder: ShardedFolder, parts: _Parts) -> list[str]:
+    """Return the keys of plain values that are among the shards, where other programs write them.
+
+    What ``parts`` does not name is one if it can be nothing else.
+    """
+    named = {*parts.modules, *parts.optimizers}
+    return sorted(({*parts.rest} & folder.keys() | folder.single_values() - named) - folder.meta.keys())
+
+
+def _blank_plain(folder: ShardedFolder, parts: _Parts) -> dict[str, Tensor | None]:
+    return {name: folder.blank(name) for key in _keys_of_plain(folder, parts) for name, _ in folder.below(key)}
 
 
 def _entry(folder: ShardedFolder, key: str, values: Mapping[str, Any]) -> Any:
@@ -775,25 +728,43 @@ def _entry(folder: ShardedFolder, key: str, values: Mapping[str, Any]) -> Any:
 
 def _blank_groups(folder: ShardedFolder, keys: Iterable[str]) -> dict[str, Tensor | None]:
     """Return what to read the optimizers' groups into: all but the state of parameters."""
-    return {name: folder.blank(name) for key in keys for name, place in folder.below(key) if place[0] != "state"}
+    return {name: folder.blank(name) for key in keys for name, place in folder.below(key) if place[:1] != ("state",)}
 
 
-def _blank_state(folder: ShardedFolder, parts: _Parts, key: str, groups: Mapping[str, Any]) -> dict[str, Tensor | None]:
-    """Return tensors to read the optimizer's state into, sharded as its parameters are."""
-    names, optimizer = parts.names(key), parts.optimizers[key]
-    saved_groups = sharded_folder.named_groups(_entry(folder, key, groups))
-    if saved_groups is None:
+def _numbers_of(folder: ShardedFolder, parts: _Parts, key: str, others: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of each parameter in the optimizer, by its name or number in the folder."""
+    optimizer, saved = parts.optimizers[key], _entry(folder, key, others)
+    groups = sharded_folder.named_groups(saved)
+    if groups is not None:
+        names = parts.names(key)
+        names.check(groups)
+        return names.number_of
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("param_groups"), Sequence):
         raise ValueError(
-            f"The checkpoint has no state of an optimizer under {key!r}, with groups of parameters by name; it has "
+            f"The checkpoint has no state of an optimizer under {key!r}, with groups of parameters; it has "
             f"{sorted(name for name, _ in folder.below(key))[:10]}."
         )
-    names.check(saved_groups)
+    check_optimizer(optimizer, saved, f"state[{key!r}]")
+    numbers = (str(number) for group in saved["param_groups"] for number in group["params"])
+    return dict(zip(numbers, chain(*_own_numbers(optimizer)), strict=False))
+
+
+def _own_numbers(optimizer: Optimizer) -> list[list[int]]:
+    """Return the numbers that ``Optimizer.state_dict`` gives to the parameters, by group."""
+    number = count()
+    return [[next(number) for _ in group["params"]] for group in optimizer.param_groups]
+
+
+def _blank_state(
+    folder: ShardedFolder, key: str, optimizer: Optimizer, number_of: Mapping[str, int]
+) -> dict[str, Tensor | None]:
+    """Return tensors to read the optimizer's state into, sharded as its parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     blanks: dict[str, Tensor | None] = {}
     for name, place in folder.below(key):
-        if place[0] == "state":
+        if place[:1] == ("state",):
             stored = folder.blank(name, "meta")
-            parameter = parameters[names.number_of[str(place[1])]]
+            parameter = parameters[number_of[str(place[1])]]
             blanks[name] = None if stored is None else _blank_like(stored, _layout(stored, parameter))
     return blanks
 
@@ -809,7 +780,7 @@ def _targets(folder: ShardedFolder, key: str, module: nn.Module) -> dict[str, Te
     own = module.state_dict()
     targets: dict[str, Tensor | None] = {}
     for name, place in folder.below(key):
-        if place[0] in own:
+        if place and place[0] in own:
             target, stored = own[str(place[0])], folder.blank(name, "meta")
             fits = isinstance(target, Tensor) and stored is not None and stored.shape == target.shape
             targets[name] = target if fits else folder.blank(name)

@@ -1,7 +1,7 @@
 """What strategies over DTensors have in common: starting, clipping, files."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.checkpoint.saving import Prepared
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.precision.precision import Precision
 from lightning.fabric.strategies import _sharded_files
@@ -103,17 +104,16 @@ class ShardedStrategy(ParallelStrategy, ABC):
 
     # -- files
 
-    def save_checkpoint(
+    def _prepare_checkpoint(
         self,
-        path: _PATH,
         state: MutableMapping[str, Any],
-        storage_options: Any = None,
-        filter: dict[str, Callable[[str, Any], bool]] | None = None,
-    ) -> None:
-        """Collective: write ``state`` to a folder, to which each rank adds its part; or rank 0 writes a file."""
+        storage_options: Any,
+        filter: Mapping[str, Callable[[str, Any], bool]],
+    ) -> Prepared:
+        """Collective: a folder, to which each rank adds its part; or a file, which rank 0 writes."""
         self._show_parts()
-        _sharded_files.save_checkpoint(
-            self, path, state, sharded=self._writes_folders, storage_options=storage_options, filter=filter
+        return _sharded_files.prepare(
+            self, state, sharded=self._writes_folders, storage_options=storage_options, filter=filter
         )
 
     def load_checkpoint(

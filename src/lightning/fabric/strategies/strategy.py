@@ -35,7 +35,9 @@ from lightning.fabric.strategies._single_file import (
     own_module_state,
 )
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
 from lightning.fabric.utilities.init import _EmptyInit
+from lightning.fabric.utilities.load import is_sharded_folder
 from lightning.fabric.utilities.optimizer import refuse_meta_parameters
 from lightning.fabric.utilities.types import _PATH, ReduceOp
 
@@ -462,7 +464,8 @@ class Strategy(ABC):
 
         ``state`` is what ``save_checkpoint`` takes; a module or an optimizer for a file that holds a bare state dict;
         or None, to get all of the file. Plain values are replaced in ``state``. Keys and shapes are checked before
-        anything is changed, and nothing refers to the file afterwards.
+        anything is changed, and nothing refers to the file afterwards. Of a folder that a strategy which shards has
+        written, on any number of ranks, what ``state`` does not name is left, but for plain values.
 
         Raises:
             KeyError: if ``strict`` and the file lacks a key of ``state``.
@@ -470,6 +473,12 @@ class Strategy(ABC):
             ValueError: if an optimizer does not fit.
 
         """
+        if self._is_sharded_folder(path):
+            from lightning.fabric.strategies import _sharded_files
+
+            return _sharded_files.load_checkpoint(
+                self, path, state, strict=strict, weights_only=weights_only, in_parts=False
+            )
         if state is None or (isinstance(state, MutableMapping) and not state):
             return _read(self.checkpoint_io, path, weights_only, mmap=False)[0]
         checkpoint, mapped = _read(self.checkpoint_io, path, weights_only, mmap=True)
@@ -492,6 +501,11 @@ class Strategy(ABC):
             if not self._restore(state[key], saved, strict, mapped):
                 state[key] = copy.deepcopy(saved) if mapped else saved
         return dict(copy.deepcopy(checkpoint) if mapped else checkpoint)
+
+    def _is_sharded_folder(self, path: _PATH) -> bool:
+        """Whether ``path`` is a folder in torch's format; not if a ``CheckpointIO`` of the user's is to read it."""
+        is_ours = self.checkpoint_io.to_any_path and _is_local_file_protocol(path)
+        return is_ours and is_sharded_folder(_local_path(path))
 
     def _by_own_names(self, obj: Any, saved: Any) -> Any:
         return by_names_of(self._module_with_state(obj), saved) if isinstance(obj, nn.Module) else saved
@@ -608,6 +622,9 @@ class _OneProcess:
 
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         return obj
+
+    def _peers(self, in_background: bool = False) -> Peers:
+        return OneRank()
 
 
 def _error_of(call: Callable[[], None]) -> Exception | None:

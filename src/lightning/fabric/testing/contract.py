@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from lightning.fabric.checkpoint.manifest import DamagedCheckpointError
 from lightning.fabric.fabric import Fabric
 from lightning.fabric.strategies._table import StrategyEntry
 from lightning.fabric.strategies.registry import STRATEGY_REGISTRY, entry_of
@@ -430,6 +431,44 @@ def loads_into_a_model_that_was_made_empty(trial: Trial) -> None:
     )
 
 
+def saves_while_training_goes_on(trial: Trial) -> None:
+    """``save(blocking=False)`` writes what was there when it was called, or refuses."""
+    model, optimizer = trial.set_up()
+    trial.train(model, optimizer)
+    before = trial.outputs(model)
+    try:
+        trial.fabric.save(trial.folder / "checkpoint", {"model": model}, blocking=False)
+    except (NotImplementedError, TypeError):  # as an argument that is not taken
+        return
+    trial.train(model, optimizer)
+    state = {"model": trial.set_up(_zeroed(trial.model()))[0]}
+    trial.fabric.load(trial.folder / "checkpoint", state)
+    promise(
+        torch.equal(trial.outputs(state["model"]), before),
+        "what was saved with `blocking=False` is not what was there when `save` was called",
+    )
+
+
+def refuses_a_checkpoint_that_is_damaged(trial: Trial) -> None:
+    """A checkpoint of which a byte has changed is refused by every rank."""
+    model, _ = trial.set_up()
+    trial.fabric.save(trial.folder / "checkpoint", {"model": model, "mark": "a text that is in no other place"})
+    if trial.fabric.global_rank == 0:
+        _flip_a_byte(trial.folder / "checkpoint", b"a text that is in no other place")
+    trial.fabric.barrier()
+    with refused(DamagedCheckpointError, "a checkpoint of which a byte has changed is loaded"):
+        trial.fabric.load(trial.folder / "checkpoint", {"model": model, "mark": ""})
+
+
+def _flip_a_byte(path: Path, mark: bytes) -> None:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    for file in files:
+        content = bytearray(file.read_bytes())
+        if (position := content.find(mark)) >= 0:
+            content[position] ^= 1
+            file.write_bytes(content)
+
+
 def misses_a_key_that_is_not_in_the_checkpoint(trial: Trial) -> None:
     """Loading a state with a name that the checkpoint has not raises ``KeyError``, unless ``strict=False``."""
     model, _ = trial.set_up()
@@ -475,6 +514,8 @@ STRATEGY_CHECKS: tuple[Check, ...] = (
     ranks_share_out_the_data,
     a_failure_is_raised_on_all_ranks,
     goes_on_from_a_checkpoint,
+    saves_while_training_goes_on,
+    refuses_a_checkpoint_that_is_damaged,
     loads_into_a_model_that_was_made_empty,
     misses_a_key_that_is_not_in_the_checkpoint,
     a_filter_leaves_entries_out,

@@ -1,85 +1,12 @@
-"""Merge a sharded checkpoint, a folder with a file per rank, into one file that any strategy and plain torch load.
+"""Merge a sharded checkpoint into one file: the path by which programs know ``checkpoint/consolidation.py``."""
 
-    fabric consolidate FOLDER [--output_file PATH]
-    python -m lightning.fabric.utilities.consolidate_checkpoint FOLDER [--output_file PATH]
-
-Torch is not imported before there is something to merge, so that ``--help`` and mistakes answer at once.
-"""
-
-import argparse
-import os
-import pickle
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
+from lightning.fabric._lazy import lazy_exports
 
-def consolidate_checkpoint(
-    folder: str | os.PathLike[str],
-    output_file: str | os.PathLike[str] | None = None,
-    weights_only: bool | None = None,
-) -> Path:
-    """Write all of the sharded checkpoint in ``folder`` into one file, and return its path.
-
-    The file is what a strategy that does not shard would have saved: under its keys, the state dicts of modules with
-    full tensors, those of optimizers with parameters by number, and the plain values. ``torch.load`` reads it. One
-    process does this, on the CPU, in whose memory the whole checkpoint must fit; no process group is needed.
-
-    Args:
-        folder: what ``fabric.save`` wrote.
-        output_file: ``<folder>.consolidated`` by default.
-        weights_only: ``False`` runs code that the files may hold, as objects that are no plain values need it.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if it holds no sharded checkpoint.
-        FileExistsError: if there is something at ``output_file``.
-        RuntimeError: if the checkpoint is damaged.
-        pickle.UnpicklingError: if it holds what ``weights_only`` refuses.
-
-    """
-    output = _check(Path(folder), output_file)
-
-    from lightning.fabric.utilities import sharded_folder
-    from lightning.fabric.utilities.cloud_io import _atomic_save
-
-    _atomic_save(sharded_folder.read_all(folder, weights_only), output)
-    return output
-
-
-def _check(folder: Path, output_file: str | os.PathLike[str] | None) -> Path:
-    """Return where to write to."""
-    if not folder.exists():
-        raise FileNotFoundError(f"The folder {str(folder)!r} does not exist.")
-    if not (folder / ".metadata").is_file():
-        hint = "It is a file, and may be consolidated already." if folder.is_file() else "It has no `.metadata`."
-        raise ValueError(f"{str(folder)!r} is no sharded checkpoint. {hint} Pass the folder that `fabric.save` wrote.")
-    folder = folder.absolute()
-    output = folder.with_name(f"{folder.name}.consolidated") if output_file is None else Path(output_file)
-    if os.path.lexists(output):
-        raise FileExistsError(f"{str(output)!r} exists. Delete it, or choose another path with --output_file.")
-    return output
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line (without the program's name; default: this process's) and return its exit code."""
-    parser = argparse.ArgumentParser(
-        "fabric consolidate",
-        description="Merge a sharded checkpoint into one file, which any strategy and torch.load read.",
-    )
-    parser.add_argument("folder", metavar="FOLDER", help="the checkpoint, as fabric.save wrote it")
-    parser.add_argument(
-        "--output-file", "--output_file", metavar="PATH", help="the file to write; default FOLDER.consolidated"
-    )
-    options = parser.parse_args(arguments)
-    try:
-        output = consolidate_checkpoint(options.folder, options.output_file)
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        print(f"fabric consolidate: {error}", file=sys.stderr)
-        return 1
-    print(output)
-    return 0
-
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__, {"lightning.fabric.checkpoint.consolidation": ["consolidate_checkpoint", "main"]}
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(__getattr__("main")())

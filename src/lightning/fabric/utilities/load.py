@@ -11,10 +11,16 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.types import _PATH, _Stateful
 
 _METADATA_FILENAME = "meta.pt"
+_INDEX_FILENAME = ".metadata"
 
 _READ_FREE = frozenset(
     {"shape", "size", "numel", "dim", "ndim", "dtype", "layout", "device", "requires_grad", "is_meta", "stride"}
 )
+
+
+def is_sharded_folder(folder: _PATH) -> bool:
+    """Return whether the local ``folder`` holds a checkpoint in parts; its index is what a save writes last."""
+    return (Path(folder) / _INDEX_FILENAME).is_file()
 
 
 class _NotYetLoadedTensor:

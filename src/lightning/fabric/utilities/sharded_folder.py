@@ -6,43 +6,45 @@ A state ``{"model": ..., "optimizer": ..., "epoch": 3}`` lies on disk as
   ``model.<name>``, ``optimizer.state.<name>.<entry>`` and ``optimizer.param_groups.<i>.<option>``;
 * ``meta.pt``: ``{"epoch": 3}``.
 
-Tools of torch that read such folders read these too, and a folder of torch's own without ``meta.pt`` is read as well.
+Tools of torch that read such folders read these too. Folders that torch itself has written are read as well: of states
+that are nested or flat, with or without ``meta.pt``, with optimizers by names or by numbers.
 """
 
 import io
+import math
 import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StoragePrefix
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.fabric.utilities.data import AttributeDict
-from lightning.fabric.utilities.load import _METADATA_FILENAME
+from lightning.fabric.utilities.load import _INDEX_FILENAME, _METADATA_FILENAME
 
-_INDEX = ".metadata"
-_CHECKPOINT_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|meta\.pt")
+_CHECKPOINT_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|meta\.pt|manifest\.json")
 
 torch.serialization.add_safe_globals([AttributeDict, bytes])  # torch knows all bytes but the empty ones
 
 Place = tuple[str | int, ...]  # of a value in the nested state: keys of dicts, indices of lists
-
-
-def is_sharded_folder(folder: str | os.PathLike[str]) -> bool:
-    """Return whether ``folder`` holds a complete checkpoint; the index is what a save writes last."""
-    return os.path.isfile(os.path.join(folder, _INDEX))
 
 
 def foreign_entries(folder: Path) -> list[Path]:
@@ -53,29 +55,87 @@ def foreign_entries(folder: Path) -> list[Path]:
 # -- writing
 
 
-def write(folder: Path, values: Mapping[Place, Any]) -> None:
-    """Collective: write ``values``, by their places in the nested state, into the fresh ``folder``.
+T = TypeVar("T")
+Result: TypeAlias = list[WriteResult]  # of one rank's writing
 
-    Sharded tensors are written by the ranks that have them; of what every rank has, the lowest rank's is written.
 
-    Raises:
-        CheckpointException: on all ranks, if one fails; it is no ``Exception``.
+class Ranks(Protocol):
+    """The ranks that write together, as ``checkpoint.saving.Peers`` has them."""
 
+    rank: int
+
+    def gather(self, obj: Any) -> list[Any] | None: ...
+    def share(self, obj: Any) -> Any: ...
+    def raise_on_all(self, error: BaseException | None, doing: str) -> None: ...
+
+
+class Shards:
+    """What this rank writes of values that ranks share: planned by all together, written by each on its own.
+
+    In this order: :meth:`plan`, perhaps :meth:`detach`, :meth:`write`, and on rank 0 :meth:`finish`.
     """
-    paths = {_flat(path): path for path in values}
-    if len(paths) < len(values):
-        doubles = sorted({_flat(path) for path in values if paths[_flat(path)] != path})
-        raise ValueError(
-            f"Two values would get the same name in the checkpoint: {doubles}. Rename a key of the state that is "
-            "the beginning of another one."
-        )
-    flat = {_flat(path): value for path, value in values.items()}
-    save(flat, storage_writer=FileSystemWriter(folder), planner=_SavePlanner(paths))
+
+    def __init__(self, planner: "_SavePlanner", plan: SavePlan, metadata: Metadata | None) -> None:
+        self._planner = planner
+        self._plan = plan
+        self._metadata = metadata  # of all ranks' shards; on rank 0
+
+    @classmethod
+    def plan(cls, values: Mapping[Place, Any], ranks: Ranks) -> "Shards":
+        """Collective: decide which rank writes which part of ``values``, by their places in the nested state.
+
+        Sharded tensors are written by the ranks that have them; of what every rank has, the lowest rank's is written.
+
+        Raises:
+            ValueError: on that rank, if values cannot be told apart by name.
+            RuntimeError: on the other ranks, if one fails; that one raises its own error.
+
+        """
+        planner = _SavePlanner()
+        own = _agreed(ranks, lambda: planner.plan_of(values))
+        plans = ranks.gather(own)
+        merged = _agreed(ranks, lambda: None if plans is None else planner.merged(plans))
+        kept: list[list[int]] = ranks.share(None if merged is None else merged[0])
+        items = [own.items[number] for number in kept[ranks.rank]]
+        plan = replace(own, items=items, storage_data=_StoragePrefix(f"__{ranks.rank}_"))
+        return cls(planner, plan, None if merged is None else merged[1])
+
+    def detach(self, copy: Callable[[Tensor], Tensor]) -> None:
+        """Let what is written be what the values are now, though they change; ``copy`` copies this rank's parts."""
+        self._planner.detach(self._plan, copy)
+
+    def write(self, folder: Path) -> tuple[list[str], Result]:
+        """Write this rank's part, and return the names of its files, with a word for :meth:`finish`.
+
+        Any thread may call it. Nothing is brought to the disk by force.
+        """
+        if not self._plan.items:
+            return [], []
+        writer = FileSystemWriter(folder, sync_files=False)
+        result: Result = writer.write_data(self._plan, self._planner).wait()
+        return sorted({written.storage_data.relative_path for written in result}), result
+
+    def finish(self, folder: Path, results: Iterable[Result]) -> None:
+        """Write the index, of what :meth:`write` returned on every rank. Rank 0 calls it."""
+        assert self._metadata is not None
+        FileSystemWriter(folder, sync_files=False).finish(self._metadata, list(results))
 
 
-def write_meta(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write the plain ``values``; one rank calls it."""
+def _agreed(ranks: Ranks, act: Callable[[], T]) -> T:
+    """Collective: ``act``, in which ranks do not talk; if it raises on one rank, all raise."""
+    error: Exception | None = None
+    try:
+        result = act()
+    except Exception as raised:
+        error = raised
+    ranks.raise_on_all(error, "planning which rank saves what")
+    return result
+
+
+def write_meta(folder: Path, values: Mapping[str, Any]) -> str:
+    """Write the plain ``values``, and return the name of the file; one rank calls it."""
     torch.save(dict(values), folder / _METADATA_FILENAME)
+    return _METADATA_FILENAME
 
 
 def _flat(path: Place) -> str:
@@ -85,12 +145,43 @@ def _flat(path: Place) -> str:
 class _SavePlanner(DefaultSavePlanner):
     """Takes values that are flat already, and remembers where they are in the nested state."""
 
-    def __init__(self, paths: dict[str, Any]) -> None:
+    def __init__(self) -> None:
         super().__init__(dedup_save_to_lowest_rank=True)
-        self._paths = paths
+        self.is_coordinator = False  # asked for, and not used
+        self._detached: dict[MetadataIndex, Any] | None = None
 
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        self.state_dict, self.mappings, self.is_coordinator = state_dict, self._paths, is_coordinator
+    def plan_of(self, values: Mapping[Place, Any]) -> SavePlan:
+        """Return what this rank could write."""
+        paths = {_flat(path): path for path in values}
+        if len(paths) < len(values):
+            doubles = sorted({_flat(path) for path in values if paths[_flat(path)] != path})
+            raise ValueError(
+                f"Two values would get the same name in the checkpoint: {doubles}. Rename a key of the state that is "
+                "the beginning of another one."
+            )
+        self.state_dict = {_flat(path): value for path, value in values.items()}
+        self.mappings = paths
+        return self.create_local_plan()
+
+    def merged(self, plans: list[SavePlan]) -> tuple[list[list[int]], Metadata]:
+        """Return which items each rank keeps of its plan, by their numbers, and what all of them are."""
+        merged, metadata = self.create_global_plan(plans)
+        kept = [{item.index for item in plan.items} for plan in merged]
+        return [
+            [number for number, item in enumerate(plan.items) if item.index in indices]
+            for plan, indices in zip(plans, kept, strict=True)
+        ], metadata
+
+    def detach(self, plan: SavePlan, copy: Callable[[Tensor], Tensor]) -> None:
+        detached = {}
+        for item in plan.items:
+            data = super().resolve_data(item)
+            detached[item.index] = copy(data.detach()) if isinstance(data, Tensor) else data
+        self._detached = detached
+        self.state_dict = {}  # so that it need not be kept
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return super().resolve_data(write_item) if self._detached is None else self._detached[write_item.index]
 
 
 # -- reading
@@ -109,7 +200,7 @@ class ShardedFolder:
 
     Raises:
         pickle.UnpicklingError: if the files hold objects that ``weights_only`` refuses.
-        RuntimeError: if the index is damaged.
+        RuntimeError: if the index is damaged, or lacks a part of a tensor.
 
     """
 
@@ -119,9 +210,21 @@ class ShardedFolder:
         self._reader = _Reader(self.folder, trusted=weights_only is False)
         index = self._reader.index
         self.stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = index.state_dict_metadata
+        self._check_index()
         known: dict[str, Any] = index.planner_data or {}
         self.paths: dict[str, Place] = {name: known.get(name) or tuple(name.split(".", 1)) for name in self.stored}
         self.meta = self._read_meta()
+
+    def _check_index(self) -> None:
+        """Raise if some part of a tensor is nowhere: reading would leave what was there before."""
+        for name, stored in self.stored.items():
+            if isinstance(stored, TensorStorageMetadata):
+                parts = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
+                if parts < math.prod(stored.size):
+                    raise RuntimeError(
+                        f"The checkpoint {str(self.folder)!r} is damaged: its {_INDEX_FILENAME} has {parts} of the "
+                        f"{math.prod(stored.size)} numbers of {name!r}."
+                    )
 
     def _read_meta(self) -> dict[str, Any]:
         path = self.folder / _METADATA_FILENAME
@@ -133,9 +236,22 @@ class ShardedFolder:
             raise _refused(path, error) from error
         return meta
 
+    def split_names(self, keys: Iterable[str]) -> None:
+        """Take what lies under names such as ``model.weight``, in a state that was flat, as parts of these ``keys``."""
+        known = self.keys()
+        for key in keys:
+            for name, (first, *rest) in self.paths.items() if key not in known else ():
+                if str(first).startswith(f"{key}."):
+                    self.paths[name] = (key, str(first)[len(key) + 1 :], *rest)
+
     def keys(self) -> set[str]:
         """Return the keys of the state."""
         return {*(str(path[0]) for path in self.paths.values()), *self.meta}
+
+    def single_values(self) -> set[str]:
+        """Return the keys under which there is one value that is no tensor."""
+        plain = {name for name, stored in self.stored.items() if isinstance(stored, BytesStorageMetadata)}
+        return {name for name in plain if self.paths[name] == (name,)}
 
     def below(self, key: str) -> Iterator[tuple[str, Place]]:
         """Yield the name of each value of the state's entry ``key``, and where it is in that entry."""
@@ -148,34 +264,31 @@ class ShardedFolder:
             return None
         return torch.empty(stored.size, dtype=stored.properties.dtype, device=device)
 
-    def read(self, values: dict[str, Any], on_all_ranks: bool = True) -> None:
+    def read(self, values: dict[str, Any]) -> None:
         """Read what ``values`` names: into its tensors in place, sharded or not; other values are replaced.
 
-        Collective, unless not ``on_all_ranks``; every rank names the same. Each reads only what it needs. Values are
-        cast to the dtype of the tensors.
+        Needs no other rank: each reads only what its own part of a tensor needs. Values are cast to the dtype of the
+        tensors.
 
         Raises:
-            CheckpointException: on all ranks, if one fails; it is no ``Exception``. See :func:`cause`.
+            pickle.UnpicklingError: if there are objects that ``weights_only`` refuses.
+            RuntimeError: if a file is damaged.
 
         """
-        planner = _LoadPlanner(self._weights_only)
-        if on_all_ranks:
-            load(values, storage_reader=self._reader, planner=planner)
-            return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            load(values, storage_reader=self._reader, planner=planner, no_dist=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+                load(values, storage_reader=self._reader, planner=_LoadPlanner(self._weights_only), no_dist=True)
+        except CheckpointException as failed:  # it is no `Exception`
+            ((error, _),) = failed.failures.values()
+            if not isinstance(error, Exception):  # the user's Ctrl+C
+                raise error from None
+            raise self._explained(error) from error
 
-    def cause(self, failed: CheckpointException, rank: int) -> Exception | None:
-        """Return why ``rank`` failed, as an exception for users; None if others did."""
-        if rank not in failed.failures:
-            return None
-        error = failed.failures[rank][0]
+    def _explained(self, error: Exception) -> Exception:
         if isinstance(error, pickle.UnpicklingError):
             return _refused(self.folder, error)
-        damaged = RuntimeError(f"The checkpoint {str(self.folder)!r} is damaged: {type(error).__name__}: {error}")
-        damaged.__cause__ = error
-        return damaged
+        return RuntimeError(f"The checkpoint {str(self.folder)!r} is damaged: {type(error).__name__}: {error}")
 
 
 def _refused(path: Path, error: Exception) -> pickle.UnpicklingError:
@@ -208,12 +321,12 @@ class _Reader(FileSystemReader):
     def __init__(self, folder: Path, trusted: bool) -> None:
         super().__init__(folder)
         try:
-            data = (folder / _INDEX).read_bytes()
+            data = (folder / _INDEX_FILENAME).read_bytes()
             self.index: Metadata = pickle.loads(data) if trusted else _IndexUnpickler(io.BytesIO(data)).load()
         except _RefusedError as error:
             raise pickle.UnpicklingError(f"{error}") from None
         except (EOFError, pickle.UnpicklingError, AttributeError, ValueError, KeyError, IndexError) as error:
-            raise RuntimeError(f"The checkpoint {str(folder)!r} is damaged: its {_INDEX}: {error}") from error
+            raise RuntimeError(f"The checkpoint {str(folder)!r} is damaged: its {_INDEX_FILENAME}: {error}") from error
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.index
@@ -304,10 +417,7 @@ def read_all(folder: str | os.PathLike[str], weights_only: bool | None = None) -
     """Return all of a checkpoint, as a strategy that does not shard would have saved it: optimizers by number."""
     opened = ShardedFolder(folder, weights_only)
     values: dict[str, Any] = {name: opened.blank(name) for name in opened.stored}
-    try:
-        opened.read(values, on_all_ranks=False)
-    except CheckpointException as failed:
-        raise opened.cause(failed, 0) or RuntimeError(str(failed)) from None
+    opened.read(values)
     state = nested({opened.paths[name]: value for name, value in values.items()}) if values else {}
     return {**{key: _numbered(value) for key, value in state.items()}, **opened.meta}
 

@@ -2,11 +2,13 @@
 
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightning.fabric.checkpoint.safetensors_files import is_safetensors, read_safetensors
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.cloud_io import _atomic_save, _load, get_filesystem
 from lightning.fabric.utilities.data import AttributeDict
@@ -41,8 +43,10 @@ class TorchCheckpointIO(CheckpointIO):
         """Read the checkpoint at ``path``, on the CPU unless ``map_location`` says otherwise.
 
         ``weights_only=None`` means torch's own default. ``mmap=True`` leaves the tensors of a local file on disk until
-        they are read.
+        they are read. Safetensors, a file or a folder with an index, are a bare state dict.
         """
+        if is_safetensors(path):
+            return _weights(path, map_location, mmap)
         try:
             checkpoint: dict[str, Any] = _load(path, map_location, weights_only=weights_only, mmap=mmap)
         except pickle.UnpicklingError as error:
@@ -55,6 +59,23 @@ class TorchCheckpointIO(CheckpointIO):
         fs = get_filesystem(path)
         if fs.exists(str(path)):
             fs.rm(str(path), recursive=True)
+
+
+def _weights(path: _PATH, map_location: _MAP_LOCATION_TYPE, mmap: bool) -> dict[str, Any]:
+    device = _device(map_location)
+    tensors = read_safetensors(path)
+    moved = {tensor: tensor.to(device, copy=not mmap) for tensor in tensors.values()}  # what is tied stays so
+    return {name: moved[tensor] for name, tensor in tensors.items()}
+
+
+def _device(map_location: _MAP_LOCATION_TYPE) -> torch.device:
+    """Return where a tensor goes that comes from no device, as those in safetensors."""
+    if isinstance(map_location, Mapping):
+        return torch.device(map_location.get("cpu", "cpu"))
+    if callable(map_location):
+        moved = map_location(torch.UntypedStorage(0), "cpu")
+        return torch.device("cpu") if moved is None else moved.device
+    return torch.device("cpu" if map_location is None else map_location)
 
 
 def _refusal(path: _PATH, name: str) -> str:
