@@ -19,6 +19,7 @@ from lightning.fabric.checkpoint.directory import CheckpointDirectory
 from lightning.fabric.checkpoint.manifest import DamagedCheckpointError, read_manifest, verify
 from lightning.fabric.checkpoint.safetensors_files import read_safetensors, write_safetensors
 from lightning.fabric.testing import on_ranks, preload
+from lightning.fabric.utilities.load import HAS_MANIFEST
 from lightning.fabric.utilities.sharded_folder import ShardedFolder
 
 preload("torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint")
@@ -207,6 +208,8 @@ class TestToShards:
     def test_of_a_folder_keeps_optimizers_by_name(self, saved, tmp_path):
         shutil.copytree(saved / "parts", tmp_path / "old")
         (tmp_path / "old" / "manifest.json").unlink()
+        index = tmp_path / "old" / ".metadata"  # as it was written before there were manifests
+        index.write_bytes(index.read_bytes().replace(HAS_MANIFEST.encode(), b" " * len(HAS_MANIFEST)))
         done = convert(tmp_path / "old", tmp_path / "new", "sharded")
         assert not done.was_verified
         _check(done.path)

@@ -20,6 +20,7 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.testing import on_ranks, preload
 from lightning.fabric.utilities.consolidate_checkpoint import consolidate_checkpoint, main
 from lightning.fabric.utilities.data import AttributeDict
+from lightning.fabric.utilities.load import HAS_MANIFEST
 
 preload("torch.distributed.fsdp", "torch.distributed.checkpoint", "lightning.fabric.strategies._sharded_files")
 
@@ -142,17 +143,24 @@ def test_a_relative_folder_with_a_slash_gets_its_file_beside_it(
 
 
 def test_a_folder_without_plain_values_is_one_of_torchs_own(checkpoint: Path) -> None:
-    for name in ("meta.pt", "manifest.json"):
-        (checkpoint / name).unlink()
+    _forget_the_manifest(checkpoint)
+    (checkpoint / "meta.pt").unlink()
     assert torch.load(consolidate_checkpoint(checkpoint), weights_only=True).keys() == {"model", "adam", "sgd"}
 
 
 def test_objects_are_merged_if_they_are_trusted(checkpoint: Path) -> None:
     torch.save({"where": Path("here")}, checkpoint / "meta.pt")
-    (checkpoint / "manifest.json").unlink()
+    _forget_the_manifest(checkpoint)
     assert main([str(checkpoint)]) == 1
     merged = torch.load(consolidate_checkpoint(checkpoint, weights_only=False), weights_only=False)
     assert merged["where"] == Path("here")
+
+
+def _forget_the_manifest(folder: Path) -> None:
+    """As if it were older than manifests are."""
+    (folder / "manifest.json").unlink()
+    index = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(index.replace(HAS_MANIFEST.encode(), b" " * len(HAS_MANIFEST)))
 
 
 def _no_metadata(folder: Path) -> None:
@@ -181,12 +189,12 @@ def _index_is_cut(folder: Path) -> None:
 
 
 def _shard_of_an_old_one_is_gone(folder: Path) -> None:
-    (folder / "manifest.json").unlink()
+    _forget_the_manifest(folder)
     _shard_is_gone(folder)
 
 
 def _index_of_an_old_one_is_cut(folder: Path) -> None:
-    (folder / "manifest.json").unlink()
+    _forget_the_manifest(folder)
     _index_is_cut(folder)
 
 

@@ -11,6 +11,7 @@ from lightning.fabric.checkpoint.manifest import MANIFEST, DamagedCheckpointErro
 from lightning.fabric.checkpoint.saving import Peers
 from lightning.fabric.checkpoint.transaction import recover
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
+from lightning.fabric.utilities.load import had_manifest
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.types import _PATH
 
@@ -74,7 +75,7 @@ def _damage(path: Path, digests: bool, peers: Peers, needs_manifest: bool = Fals
     try:
         if (manifest := read_manifest(path) if path.exists() else None) is not None:
             verify(path, manifest, digests, is_mine=lambda number: number % peers.size == peers.rank)
-        elif needs_manifest:
+        elif needs_manifest or had_manifest(path):
             found = _without_manifest(path)
     except (DamagedCheckpointError, OSError) as error:
         found = error

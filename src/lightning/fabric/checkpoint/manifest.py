@@ -20,6 +20,7 @@ _FORMAT = 1
 _MAGIC = b'{"fabric_checkpoint":'
 _END_OF_MANIFEST = b',"self":"'  # and eight digits, and two letters more
 _COMMENT_LIMIT = 0xFFFF
+_BEGIN_OF_ARCHIVE = b"PK\x03\x04"
 _END_OF_ARCHIVE = b"PK\x05\x06"  # https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, 4.3.16
 _END_SIZE = 22
 _COMMENT_SIZE = 2  # the bytes that say how long the comment is, the last ones of an archive without
@@ -167,6 +168,7 @@ def _read_file(folder: Path) -> Manifest | None:
 
 def _read_comment(path: Path) -> Manifest | None:
     with path.open("rb") as file:
+        beginning = file.read(len(_BEGIN_OF_ARCHIVE))
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _END_SIZE - _COMMENT_LIMIT))
         tail = file.read()
@@ -174,6 +176,10 @@ def _read_comment(path: Path) -> Manifest | None:
     if start < 0:
         if tail[-len(_END_OF_MANIFEST) - 10 : -10] == _END_OF_MANIFEST:
             raise DamagedCheckpointError(path, "", "has a manifest that does not begin as one")
+        if not size:
+            raise DamagedCheckpointError(path, "", "is empty")
+        if beginning == _BEGIN_OF_ARCHIVE and _END_OF_ARCHIVE not in tail:
+            raise DamagedCheckpointError(path, "", "is an archive without its end: something is cut off")
         return None
     comment = tail[start:]
     if tail[start - _END_SIZE : start - _END_SIZE + 4] != _END_OF_ARCHIVE or tail[start - 2 : start] != struct.pack(

@@ -157,7 +157,7 @@ class _Place(Protocol):
     def deliver(self, names: Sequence[str], durable: bool) -> None:
         """On every rank, when it has written: bring these files to where rank 0 can commit them."""
 
-    def commit(self, manifest: Manifest | None, durable: bool, foreign: Callable[[Path], list[Path]]) -> None:
+    def commit(self, manifest: Manifest, durable: bool, foreign: Callable[[Path], list[Path]]) -> None:
         """On rank 0: make it, with its manifest, the checkpoint at the path."""
 
     def abort(self) -> None:

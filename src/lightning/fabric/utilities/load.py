@@ -12,6 +12,7 @@ from lightning.fabric.utilities.types import _PATH, _Stateful
 
 _METADATA_FILENAME = "meta.pt"
 _INDEX_FILENAME = ".metadata"
+HAS_MANIFEST = "lightning.fabric: has a manifest"  # in the index of a folder, so that a manifest that is gone is missed
 
 _READ_FREE = frozenset(
     {"shape", "size", "numel", "dim", "ndim", "dtype", "layout", "device", "requires_grad", "is_meta", "stride"}
@@ -21,6 +22,11 @@ _READ_FREE = frozenset(
 def is_sharded_folder(folder: _PATH) -> bool:
     """Return whether the local ``folder`` holds a checkpoint in parts; its index is what a save writes last."""
     return (Path(folder) / _INDEX_FILENAME).is_file()
+
+
+def had_manifest(folder: _PATH) -> bool:
+    """Return whether ``folder`` holds a checkpoint in parts that was saved with a manifest."""
+    return is_sharded_folder(folder) and HAS_MANIFEST.encode() in (Path(folder) / _INDEX_FILENAME).read_bytes()
 
 
 class _NotYetLoadedTensor:

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
@@ -38,7 +39,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.fabric.utilities.data import AttributeDict
-from lightning.fabric.utilities.load import _INDEX_FILENAME, _METADATA_FILENAME
+from lightning.fabric.utilities.load import _INDEX_FILENAME, _METADATA_FILENAME, HAS_MANIFEST
 
 _CHECKPOINT_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|meta\.pt|manifest\.json")
 
@@ -118,7 +119,14 @@ class Shards:
     def finish(self, folder: Path, results: Iterable[Result]) -> None:
         """Write the index, of what :meth:`write` returned on every rank. Rank 0 calls it."""
         assert self._metadata is not None
-        FileSystemWriter(folder, sync_files=False).finish(self._metadata, list(results))
+        _IndexWriter(folder, sync_files=False).finish(self._metadata, list(results))
+
+
+class _IndexWriter(FileSystemWriter):
+    """Says in the index that there is a manifest, and not under which hidden name the folder was made."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(modules=[HAS_MANIFEST])
 
 
 def _agreed(ranks: Ranks, act: Callable[[], T]) -> T:
