@@ -255,3 +255,29 @@ def test_what_any_strategy_has_saved_goes_on_under_any_other(tmp_path: Path) -> 
     targets = [(name, ranks) for ranks in RANKS for name in NAMES[ranks]]
     assert cells.keys() == {(*source, *target) for source, target in itertools.product(_sources(), targets)}
     print(f"{len(cells) + len(compiled)} cells loaded")
+
+
+def _behind_a_url(folder: str) -> list[float]:
+    """Shards go to a file system that only fsspec knows, and come back; so do their copies on a disk."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="fsdp")
+    fabric.launch()
+    url = f"simplecache::file://{folder}/remote/checkpoint"
+    losses = []
+    for path in (url, f"{folder}/remote/checkpoint"):
+        torch.manual_seed(0)
+        model, optimizer = fabric.setup(model := nn.Linear(4, 4), torch.optim.Adam(model.parameters()))
+        if not losses:
+            fabric.save(url, {"model": model, "optimizer": optimizer})
+            losses.append(float(model(torch.ones(1, 4)).sum()))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        fabric.load(path, {"model": model, "optimizer": optimizer})
+        losses.append(float(model(torch.ones(1, 4)).sum()))
+    return losses
+
+
+def test_shards_go_behind_a_url_and_come_back(tmp_path):
+    for losses in on_ranks(2, _behind_a_url, str(tmp_path)):
+        assert len(set(losses)) == 1
+        assert losses[0] != 0

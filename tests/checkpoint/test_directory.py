@@ -1,6 +1,7 @@
 """Which checkpoint of a folder is the latest good one, and which are kept."""
 
 import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -90,6 +91,92 @@ def test_latest_that_names_no_checkpoint_is_none(tmp_path, content):
     directory = CheckpointDirectory(tmp_path)
     (tmp_path / "latest").write_text(content)
     assert directory.latest() is None
+
+
+def test_of_metrics_that_are_not_numbers_none_is_best(tmp_path):
+    directory = CheckpointDirectory(tmp_path / "run", keep_last=1, keep_best=Best("loss", "max", 2))
+    for step, loss in enumerate([0.5, float("nan"), float("inf"), 0.5, float("nan"), -1.0]):
+        _save(directory, step, loss=loss)
+    assert _steps(directory) == [5, 3, 2]  # of equal ones the newer
+
+
+def test_with_the_best_alone_the_newest_stays_too(tmp_path):
+    directory = CheckpointDirectory(tmp_path / "run", keep_best=Best("loss"))
+    for step, loss in enumerate([0.5, 0.1, 0.4, 0.3]):
+        _save(directory, step, loss=loss)
+    assert _steps(directory) == [3, 1]
+
+
+def _save_at(directory, step, minute, monkeypatch):
+    monkeypatch.setattr(
+        directory, "_times", {**getattr(directory, "_times", {}), step: f"2026-01-01T00:{minute:02d}:00"}, raising=False
+    )
+    directory.folder.mkdir(exist_ok=True)
+    transaction = Transaction(directory.path_of(step))
+    transaction.staged.mkdir()
+    (transaction.staged / "part").write_text(f"content of {step}")
+    transaction.commit(replace(manifest_of(transaction.staged, step=step), time=directory._times[step]), durable=False)
+    directory.set_latest(directory.path_of(step), durable=False)
+    return directory.retain()
+
+
+def test_what_a_run_that_went_back_has_left_behind_is_older_and_stays(tmp_path, monkeypatch):
+    directory = CheckpointDirectory(tmp_path / "run", keep_last=2)
+    for minute, step in enumerate([10, 20, 30, 12, 14, 16]):
+        _save_at(directory, step, minute, monkeypatch)
+    assert _steps(directory) == [16, 14, 30, 20]
+    assert [entry.step for entry, _ in directory.good()] == [16, 14, 30, 20]
+    _save_at(directory, 31, 9, monkeypatch)
+    assert _steps(directory) == [31, 30]
+
+
+def test_one_that_was_committed_when_the_process_was_killed_is_the_newest(tmp_path, monkeypatch):
+    directory = CheckpointDirectory(tmp_path / "run")
+    _save_at(directory, 1, 1, monkeypatch)
+    _save_at(directory, 2, 2, monkeypatch)
+    directory.set_latest(directory.path_of(1))
+    assert _steps(directory) == [2, 1]
+
+
+def test_without_latest_the_later_step_is_newer(tmp_path, monkeypatch):
+    directory = CheckpointDirectory(tmp_path / "run")
+    for minute, step in enumerate([3, 1]):
+        _save_at(directory, step, minute, monkeypatch)
+    assert _steps(directory) == [1, 3]
+    for damage in (
+        lambda latest: latest.unlink(),
+        lambda latest: latest.write_bytes(b"\xff\xfe"),
+        lambda latest: (latest.unlink(), latest.mkdir()),
+    ):
+        damage(directory.folder / "latest")
+        assert _steps(directory) == [3, 1]
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path):
+    directory = CheckpointDirectory(tmp_path / "run", keep_last=1)
+    directory.folder.mkdir()
+    for name in ("notes.txt", "step-3", "step-00000001.bak", ".hidden", "step-0000000x"):
+        (directory.folder / name).write_text("mine")
+    directory.path_of(7).mkdir()  # of somebody's own, without a manifest
+    _save(directory, 8)
+    _save(directory, 9)
+    assert {"notes.txt", "step-3", "step-00000001.bak", ".hidden", "step-0000000x", "step-00000007"} < {
+        path.name for path in directory.folder.iterdir()
+    }
+    assert _steps(directory) == [9, 7]
+    assert [entry.step for entry, error in directory.good() if error is None] == [9]
+
+
+def test_what_killed_saves_left_is_deleted_by_the_next_one(tmp_path):
+    directory = CheckpointDirectory(tmp_path / "run", keep_last=1)
+    _save(directory, 1)
+    for name in ("step-00000002.0a0b0c0d.staged", "step-00000000.removed", "step-00000001.0a0b0c0d.former"):
+        (directory.folder / f".{name}").mkdir()
+    alive = Transaction(directory.path_of(3))
+    alive.begin(is_folder=True)
+    _save(directory, 2)
+    assert {path.name for path in directory.folder.iterdir()} == {"latest", "step-00000002", alive.staged.name}
+    alive.abort()
 
 
 def test_an_empty_folder_has_none(tmp_path):

@@ -3,10 +3,10 @@
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.fabric.checkpoint.manifest import DamagedCheckpointError, Manifest, read_manifest, verify
 from lightning.fabric.checkpoint.transaction import recover, remove, remove_if_stale, sync
@@ -37,7 +37,7 @@ class Best:
 class Entry:
     """A checkpoint in the folder; ``manifest`` None: its own is damaged, as ``error`` says."""
 
-    path: Path
+    path: Path  # a URL as text, where it is remote
     step: int
     manifest: Manifest | None
     error: DamagedCheckpointError | None = None
@@ -52,6 +52,24 @@ def _entry(path: Path, step: int) -> Entry:
         return Entry(path, step, read_manifest(path))
     except DamagedCheckpointError as error:
         return Entry(path, step, None, error)
+
+
+def newest_first(entries: Iterable[Entry], latest: Any) -> list[Entry]:
+    """Return ``entries`` in order, where ``latest`` is the path of the one that was committed last.
+
+    Newer is what has the later step. But where a run has gone back to an earlier step and on from there, what it had
+    saved beyond is older than all that it has saved since.
+    """
+    in_order = sorted(entries, key=lambda entry: entry.step, reverse=True)
+    last = next((entry for entry in in_order if entry.path == latest), None)
+    if last is None or last.manifest is None:
+        return in_order
+    left_behind = [each for each in in_order if each.step > last.step and each.was_saved_before(last.manifest.time)]
+    return [each for each in in_order if each not in left_behind] + left_behind
+
+
+def _target_of(hidden: Path) -> Path:
+    return hidden.with_name(hidden.name[1:].split(".")[0])
 
 
 class CheckpointDirectory:
@@ -78,26 +96,11 @@ class CheckpointDirectory:
         return self.folder / f"step-{step:08d}"
 
     def entries(self) -> list[Entry]:
-        """Return what was committed, the newest first.
-
-        Newer is what has the later step. But where a run has gone back to an earlier step and on from there, what it
-        had saved beyond is older than all that it has saved since.
-        """
+        """Return what was committed, the newest first, as :func:`newest_first` says."""
         if not self.folder.is_dir():
             return []
         found = [_entry(path, int(match[1])) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-        newest_first = sorted(found, key=lambda entry: entry.step, reverse=True)
-        left_behind = self._left_behind(newest_first)
-        return [entry for entry in newest_first if entry not in left_behind] + left_behind
-
-    def _left_behind(self, entries: list[Entry]) -> list[Entry]:
-        """Return those of later steps than ``latest`` that were there before it."""
-        path = self.latest()
-        latest = next((entry for entry in entries if entry.path == path), None)
-        if latest is None or latest.manifest is None:
-            return []
-        time = latest.manifest.time
-        return [entry for entry in entries if entry.step > latest.step and entry.was_saved_before(time)]
+        return newest_first(found, self.latest())
 
     def latest(self) -> Path | None:
         """What ``latest`` names, the checkpoint that was committed last; None if it names none that is there."""
@@ -134,7 +137,7 @@ class CheckpointDirectory:
         """Put back what interrupted saves have left out of its place."""
         if self.folder.is_dir():
             for path in self.folder.glob(".step-*.former"):
-                recover(self.folder / path.name[1:].split(".")[0])
+                recover(_target_of(path))
 
     def to_remove(self, entries: list[Entry]) -> list[Entry]:
         """Return which of ``entries`` (the newest first) need not stay.
@@ -157,8 +160,7 @@ class CheckpointDirectory:
         rated = [
             (sign * value, -entry.step, entry)
             for entry in entries
-            if entry.manifest is not None
-            and not math.isnan(value := entry.manifest.metrics.get(best.metric, math.nan))
+            if entry.manifest is not None and not math.isnan(value := entry.manifest.metrics.get(best.metric, math.nan))
         ]
         return [entry for *_, entry in sorted(rated, key=lambda row: row[:2])[: best.count]]
 
@@ -167,9 +169,10 @@ class CheckpointDirectory:
 
         Also what killed processes have left behind of saves and deletions.
         """
-        for pattern in (".step-*.staged", ".step-*.removed"):
+        for pattern in (".step-*.staged", ".step-*.removed", ".step-*.former"):
             for path in self.folder.glob(pattern):
-                remove_if_stale(path)
+                if not pattern.endswith("former") or _target_of(path).exists():
+                    remove_if_stale(path)
         gone = [entry.path for entry in self.to_remove(self.entries())]
         for path in gone:
             hidden = path.with_name(f".{path.name}.removed")

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.checkpoint.directory import CheckpointDirectory
-from lightning.fabric.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest, verify
+from lightning.fabric.checkpoint.manifest import (
+    MANIFEST,
+    REMOTE_CONTENT,
+    DamagedCheckpointError,
+    read_manifest,
+    verify,
+)
 from lightning.fabric.checkpoint.saving import Peers
 from lightning.fabric.checkpoint.transaction import recover
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
@@ -43,7 +49,8 @@ def opened(path: _PATH, digests: bool, peers: Peers) -> Iterator[_PATH]:
         return
     if (damage := _damage(local, digests, peers)) is not None:
         raise damage
-    yield path
+    content = _content(local)
+    yield path if content == local else content
 
 
 def is_directory_of_checkpoints(path: Path) -> bool:
@@ -62,11 +69,19 @@ def _newest_good(directory: CheckpointDirectory, digests: bool, peers: Peers) ->
         if damage is None:
             for each in damages:
                 rank_zero_warn(f"{each} It is passed over, and {os.fspath(candidate)!r} is loaded.")
-            return candidate
+            return _content(candidate)
         damages.append(damage)
     raise DamagedCheckpointError(
         path, damages[0].file, f"{damages[0].what}; and none of its {len(damages)} checkpoints is good"
     )
+
+
+def _content(path: Path) -> Path:
+    """Where the files are: of a folder that was made behind a URL and copied to a disk, in a folder of their own."""
+    manifest = read_manifest(path) if path.is_dir() else None
+    tops = {name.partition("/")[0] for name in manifest.files} if manifest is not None else set()
+    first, *others = tops or {""}
+    return path / first if not others and REMOTE_CONTENT.fullmatch(first) else path
 
 
 def _damage(path: Path, digests: bool, peers: Peers, needs_manifest: bool = False) -> DamagedCheckpointError | None:

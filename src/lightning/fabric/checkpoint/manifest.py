@@ -6,6 +6,7 @@ archive, it is the archive's comment, so that file and manifest come and go toge
 
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 from lightning.fabric.checkpoint.checksum import again, checksum, is_known
 
 MANIFEST = "manifest.json"
+REMOTE_CONTENT = re.compile(r"save-[0-9a-f]{8,32}")  # a folder that its manifest names, beside it
 _FORMAT = 1
 _MAGIC = b'{"fabric_checkpoint":'
 _END_OF_MANIFEST = b',"self":"'  # and eight digits, and two letters more

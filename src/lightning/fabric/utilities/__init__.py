@@ -3,7 +3,7 @@
 * talking: ``rank_zero``, ``logger``, ``text``, ``warnings``, ``exceptions``
 * trees and data: ``apply_func``, ``data``, ``types``, ``enums``
 * numbers: ``seed``, ``init``, ``init_tape``, ``optimizer``, ``device_dtype_mixin``, ``throughput``, ``spike``
-* files: ``cloud_io``, ``load``, ``sharded_folder``, ``consolidate_checkpoint``
+* files: ``cloud_io``, ``remote_files``, ``load``, ``sharded_folder``, ``consolidate_checkpoint``
 * environment: ``imports``, ``device_parser``, ``distributed``, ``registry``
 """
 

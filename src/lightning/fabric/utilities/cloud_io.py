@@ -2,6 +2,7 @@
 
 import os
 import stat
+import tempfile
 import uuid
 import zipfile
 from pathlib import Path
@@ -9,12 +10,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from lightning.fabric.utilities.remote_files import OBJECT_STORES, Remote, replace_file
 from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE, _PATH
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
-
-_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "r2"}
 
 
 def get_filesystem(path: _PATH, **kwargs: Any) -> "AbstractFileSystem":
@@ -42,7 +42,7 @@ def _is_dir(fs: "AbstractFileSystem", path: _PATH, strict: bool = False) -> bool
     ``strict=True`` asks an object store whether anything lies under ``path``.
     """
     protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    return bool((not strict and protocols & _OBJECT_STORES) or fs.isdir(str(path)))
+    return bool((not strict and protocols & OBJECT_STORES) or fs.isdir(str(path)))
 
 
 def _load(
@@ -75,14 +75,15 @@ def _atomic_save(obj: Any, path: _PATH) -> None:
     """``torch.save`` to a local path or URL: afterwards, the complete file is there, or what was there before.
 
     Tensors are written one after the other, without a second copy of ``obj`` in memory. Parent folders are created.
+    What goes to a URL is written to a local file first, where ``TMPDIR`` says.
     """
     if _is_local_file_protocol(path):
         _save_local(obj, _local_path(path))
         return
-    fs = get_filesystem(path)
-    fs.makedirs(fs._parent(str(path)), exist_ok=True)
-    with fs.transaction, fs.open(str(path), "wb") as file:
-        torch.save(obj, file)
+    with tempfile.TemporaryDirectory(prefix="fabric-save-") as folder:
+        local = Path(folder, "checkpoint")
+        torch.save(obj, local)
+        replace_file(local, Remote.of(str(path)), uuid.uuid4().hex[:8])
 
 
 def _save_local(obj: Any, path: Path) -> None:
