@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from lightning.fabric import _checks
 from lightning.fabric._accumulation import Accumulation, Reduction, Weight, factors_of
+from lightning.fabric._checkpoints import BestLike, Checkpoints
 from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.checkpoint.saving import SaveOptions
 from lightning.fabric.connector import _PLUGIN_INPUT, _PRECISION_INPUT, _Connector, _is_using_cli
@@ -56,8 +57,8 @@ from lightning.fabric.wrappers import (
     _FabricDataLoader,
     _FabricModule,
     _FabricOptimizer,
-    _unwrap_objects,
     unwrap,
+    unwrap_for_files,
 )
 
 if TYPE_CHECKING:
@@ -714,7 +715,7 @@ class Fabric:
         extra = {} if options == SaveOptions() else {"options": options}
         error: Exception | None = None
         try:
-            unwrapped = _unwrap_objects(state)
+            unwrapped = unwrap_for_files(state)
             with names_without_compilation(_modules_in(unwrapped)):
                 self._strategy.save_checkpoint(path=path, state=unwrapped, filter=filter, **extra)
         except Exception as raised:
@@ -756,7 +757,9 @@ class Fabric:
         if state is None:
             with self._strategy.opened_checkpoint(path, verify) as found:
                 return self._strategy.load_checkpoint(path=found, state=None, strict=strict, weights_only=weights_only)
-        unwrapped = {name: unwrap(value) for name, value in state.items()}
+        unwrapped = {
+            name: value if isinstance(value, _FabricDataLoader) else unwrap(value) for name, value in state.items()
+        }
         restored = dict(unwrapped)
         with (
             names_without_compilation(_modules_in(unwrapped)),
@@ -796,6 +799,23 @@ class Fabric:
             self._strategy.opened_checkpoint(path, verify) as found,
         ):
             self._strategy.load_checkpoint(path=found, state=unwrapped, strict=strict, weights_only=weights_only)
+
+    def checkpoints(
+        self, folder: _PATH, keep_last: int | None = None, keep_best: BestLike | None = None
+    ) -> Checkpoints:
+        """Look after the checkpoints of a training loop: save at steps, resume the newest good one; all ranks call it.
+
+        Args:
+            folder: where they are, or will be; local or with an fsspec scheme.
+            keep_last: how many of the newest to keep; ``None``: all, or with ``keep_best`` the newest alone.
+            keep_best: which to keep besides: ``("val_loss", "min")``, or ``("accuracy", "max", 3)`` for several.
+
+        Raises:
+            ValueError, TypeError: if ``keep_last`` or ``keep_best`` is none of these.
+
+        """
+        self._require_launch("checkpoints")
+        return Checkpoints(self._strategy, self._save, self.load, folder, keep_last, keep_best)
 
     # ---- log and call back -------------------------------------------------------------------------------------------
 

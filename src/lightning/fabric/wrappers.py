@@ -22,6 +22,7 @@ from lightning.fabric.plugins.precision._dtypes import default_dtype
 from lightning.fabric.plugins.precision.precision import Precision
 from lightning.fabric.strategies._single_file import by_names_of
 from lightning.fabric.strategies.strategy import Strategy
+from lightning.fabric.utilities import loader_position
 from lightning.fabric.utilities.apply_func import apply_to_collection, move_data_to_device
 from lightning.fabric.utilities.compilation import (
     begin_no_graph_with,
@@ -33,6 +34,7 @@ from lightning.fabric.utilities.compilation import (
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.fabric.utilities.init import refuse_unfilled, unfilled
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 _STEP_METHODS = frozenset({"training_step", "validation_step", "test_step", "predict_step"})
 _METHOD_KEY = "_fabric_method"  # travels with the call, so it reaches replicas and other threads too
@@ -457,13 +459,18 @@ def _set_module(namespace: dict[str, Any]) -> None:
 
 
 class _FabricDataLoader:
-    """The user's dataloader; batches arrive on ``device`` (``None``: left where they are), epochs are counted."""
+    """The user's dataloader; batches arrive on ``device`` (``None``: left where they are), epochs are counted.
+
+    It knows where it is, and goes on from there in another process: see :meth:`state_dict`.
+    """
 
     def __init__(self, dataloader: DataLoader[Any], device: torch.device | None = None) -> None:
         own = self.__dict__
         own["_dataloader"] = dataloader
         own["_device"] = device
         own["_last_epoch"] = None
+        own["_position"] = None  # of the last iteration
+        own["_to_resume"] = None  # what the next one has to begin with
 
     @property
     def device(self) -> torch.device | None:
@@ -474,13 +481,54 @@ class _FabricDataLoader:
         return len(self._dataloader)
 
     def __iter__(self) -> Iterator[Any]:
-        self._advance_epoch()
-        if self._device is None:
-            yield from self._dataloader
-            return
+        position, batches = self._begin()
         device = self._device
-        for batch in self._dataloader:
-            yield move_data_to_device(batch, device)
+        for batch in batches:
+            position.yielded += 1
+            yield batch if device is None else move_data_to_device(batch, device)
+        position.is_over = True
+
+    def _begin(self) -> tuple[loader_position.Position, Iterator[Any]]:
+        own, loader = self.__dict__, self._dataloader
+        state, own["_to_resume"] = self._to_resume, None
+        if state is None or state["is_over"] or _sampler_epoch(loader) not in (None, self._last_epoch):
+            self._advance_epoch()
+        epoch = None if state is None else state["epoch"] + state["is_over"]
+        if state is not None and epoch == self._last_epoch:
+            position, batches = loader_position.resume(loader, state)
+        else:
+            position, batches = loader_position.begin(loader, self._position)
+        if state is not None and epoch != self._last_epoch:
+            rank_zero_warn(
+                f"The loader was to go on in epoch {epoch}, but `set_epoch` says {self._last_epoch}: that epoch is "
+                "begun, at its first batch."
+            )
+        position.watch(batches)
+        own["_position"] = position
+        return position, batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this rank's loader is, as tensors and plain values: in which epoch, and after how many batches.
+
+        Only batches that were handed out count, not those that workers have prepared. A loop that was left before its
+        end is in the middle of its epoch; one that has ended is at the beginning of the next.
+        """
+        if self._to_resume is not None:
+            return dict(self._to_resume)
+        return loader_position.state_of(self._dataloader, self._position, self._last_epoch)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Let the next iteration go on where :meth:`state_dict` was called.
+
+        It yields the same batches as if there had been no interruption, and leaves the random states of the process as
+        they are. Samples that were seen are not loaded again, only their indices drawn; but where a data set has no
+        indices (``IterableDataset``), and neither it nor the loader has a ``state_dict()``, batches are loaded and
+        dropped. A warning says so where the same batches cannot be had: with another number of ranks or workers,
+        another batch size or data set.
+        """
+        own = self.__dict__
+        own["_position"], own["_last_epoch"] = None, state_dict["epoch"]
+        own["_to_resume"] = state_dict if loader_position.restore(self._dataloader, state_dict) else None
 
     def _advance_epoch(self) -> None:
         """The next epoch; where the user has called ``set_epoch`` since the last one, the epoch that they set."""
@@ -535,6 +583,11 @@ def _unwrap_objects(collection: Any) -> Any:
     return apply_to_collection(
         collection, dtype=(_FabricModule, _FabricOptimizer, _FabricDataLoader, nn.Module), function=unwrap
     )
+
+
+def unwrap_for_files(state: Mapping[str, Any]) -> dict[str, Any]:
+    """:func:`_unwrap_objects` of each entry, but for loaders: it is the wrapper that knows where they are."""
+    return {key: obj if isinstance(obj, _FabricDataLoader) else _unwrap_objects(obj) for key, obj in state.items()}
 
 
 def is_wrapped(obj: object) -> bool:

@@ -77,10 +77,19 @@ def _collect_rng_states(include_cuda: bool = True) -> dict[str, Any]:
     """Return the state of the global generators: ``torch``, ``python``, ``numpy`` and ``torch.cuda`` where in use."""
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if (numpy := sys.modules.get("numpy")) is not None:
-        states["numpy"] = numpy.random.get_state()
+        states["numpy"] = _numpy_state(numpy.random)
     if include_cuda and torch.cuda.is_initialized():  # asking the others would initialise CUDA, and forbid a later fork
         states["torch.cuda"] = torch.cuda.get_rng_state_all()
     return states
+
+
+def _numpy_state(numpy_random: Any) -> Any:
+    """What ``get_state()`` returns, without a warning where another generator than the usual one was set."""
+    state = numpy_random.get_state(legacy=False)
+    if state["bit_generator"] != "MT19937":
+        return state
+    inner = state["state"]
+    return state["bit_generator"], inner["key"], inner["pos"], state["has_gauss"], state["gauss"]
 
 
 def _set_rng_states(rng_state_dict: dict[str, Any]) -> None:
