@@ -259,12 +259,11 @@ def _optimizer_by_place(key: str, state: Mapping[str, Any]) -> dict[sharded_fold
 
 
 def _save(form: _Form, target: _PATH, facts: Manifest) -> None:
-    local = _local_path(target) if _is_local_file_protocol(target) else None
     prepared = Prepared(
         form.write,
         form.finish,
         is_folder=form.is_folder,
-        foreign=lambda former: [] if local is None else _foreign(former, local),
+        foreign=_foreign,
     )
     options = SaveOptions(step=facts.step, metrics=facts.metrics)
     save(prepared, target, options, OneRank(), strategy=facts.strategy)
@@ -288,8 +287,8 @@ def _is_checkpoint(folder: Path) -> bool:
     return not any(folder.iterdir())
 
 
-def _foreign(former: Path, new: Path) -> list[Path]:
-    """Return what is no part of the ``former`` checkpoint, and in nobody's way."""
+def _foreign(former: Path) -> list[Path]:
+    """Return what is no part of the ``former`` checkpoint."""
     try:
         manifest = read_manifest(former)
     except DamagedCheckpointError:
@@ -301,5 +300,4 @@ def _foreign(former: Path, new: Path) -> list[Path]:
         if entry.name not in own
         and not _SHARDED_FILE.fullmatch(entry.name)
         and not is_part(entry.name)
-        and not (new / entry.name).exists()
     ]

@@ -71,9 +71,9 @@ def _newest_good(directory: CheckpointDirectory, digests: bool, peers: Peers) ->
                 rank_zero_warn(f"{each} It is passed over, and {os.fspath(candidate)!r} is loaded.")
             return _content(candidate)
         damages.append(damage)
-    raise DamagedCheckpointError(
-        path, damages[0].file, f"{damages[0].what}; and none of its {len(damages)} checkpoints is good"
-    )
+    newest = damages[0]
+    file = os.path.join(os.path.basename(newest.path), newest.file).rstrip(os.sep)
+    raise DamagedCheckpointError(path, file, f"{newest.what}; and none of its {len(damages)} checkpoints is good")
 
 
 def _content(path: Path) -> Path:

@@ -180,8 +180,10 @@ def _read_comment(path: Path) -> Manifest | None:
             raise DamagedCheckpointError(path, "", "has a manifest that does not begin as one")
         if not size:
             raise DamagedCheckpointError(path, "", "is empty")
-        if beginning == _BEGIN_OF_ARCHIVE and _END_OF_ARCHIVE not in tail:
+        if _BEGIN_OF_ARCHIVE.startswith(beginning) and _END_OF_ARCHIVE not in tail:
             raise DamagedCheckpointError(path, "", "is an archive without its end: something is cut off")
+        if not any(beginning):  # as a file system may leave a file behind when the power fails
+            raise DamagedCheckpointError(path, "", "begins with zeros")
         return None
     comment = tail[start:]
     if tail[start - _END_SIZE : start - _END_SIZE + 4] != _END_OF_ARCHIVE or tail[start - 2 : start] != struct.pack(

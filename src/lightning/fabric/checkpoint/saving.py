@@ -238,7 +238,7 @@ _Part = tuple[Any, dict[str, FileRecord]]
 
 
 def _write(prepared: Prepared, place: _Place, options: SaveOptions, target: _PATH) -> _Part:
-    with _saying_where(target):
+    with _saying_where(target, place.staged):
         written = prepared.write(place.staged)
         with _meanwhile(lambda: place.deliver(written.files, options.durable)):
             records = {
@@ -278,7 +278,7 @@ def _commit(
     target: _PATH,
 ) -> None:
     staged = place.staged
-    with _saying_where(target):
+    with _saying_where(target, staged):
         prepared.finish(staged, [result for result, _ in parts])
         records = {name: record for _, each in parts for name, record in each.items()}
         # also what rank 0 has just added
@@ -296,7 +296,7 @@ def _commit(
 
 
 @contextmanager
-def _saying_where(target: _PATH) -> Iterator[None]:
+def _saying_where(target: _PATH, staged: Path | None = None) -> Iterator[None]:
     """Errors of the disk inside name ``target``."""
     try:
         yield
@@ -307,8 +307,22 @@ def _saying_where(target: _PATH) -> Iterator[None]:
     except RuntimeError as error:
         if type(error) is not RuntimeError:
             raise
-        # how torch's writer reports a full disk or a missing permission
-        raise RuntimeError(f"Cannot save {os.fspath(target)!r}: {error}") from error
+        # how torch's writer reports a full disk or a missing permission: in terms of its own
+        reason = None if staged is None else _refusal_to_write(staged)
+        if reason is None:
+            raise RuntimeError(f"Cannot save {os.fspath(target)!r}: {error}") from error
+        raise OSError(reason.errno, f"Cannot save {os.fspath(target)!r}: {reason.strerror}") from error
+
+
+def _refusal_to_write(staged: Path) -> OSError | None:
+    """Why nothing more can be written to what is given up anyway, if that is so."""
+    try:
+        with (staged / "more" if staged.is_dir() else staged).open("ab", buffering=0) as file:
+            for _ in range(256):
+                file.write(bytes(4096))
+    except OSError as error:
+        return error
+    return None
 
 
 @cache

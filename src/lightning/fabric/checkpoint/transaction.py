@@ -54,9 +54,14 @@ class Transaction:
         if not is_folder:
             self.staged.touch()
         self._lock = _locked(self.staged)
-        for path in left_over(self.target):
+        recover(self.target)
+        for path in (*left_over(self.target), *self._formers()):
             if path != self.staged:
                 remove_if_stale(path)
+
+    def _formers(self) -> list[Path]:
+        """What was set aside and is of no use, because there is something at ``target``."""
+        return left_over(self.target, _FORMER) if os.path.lexists(self.target) else []
 
     def deliver(self, names: Sequence[str], durable: bool) -> None:
         """On every rank, when it has written: bring its files to the disk."""
@@ -76,15 +81,16 @@ class Transaction:
         """
         if manifest is not None:
             attach(self.staged, manifest)
+        if self.staged.is_dir() and self.target.is_dir():
+            for entry in foreign(self.target):
+                if not os.path.lexists(self.staged / entry.name):
+                    _link(entry, self.staged / entry.name)
         if durable:
             sync(self.staged)
         former = _put_in_place(self.staged, self.target)
         if durable:
             _sync_one(self.target.parent)
         if former is not None:
-            if former.is_dir() and self.target.is_dir():
-                for entry in foreign(former):
-                    os.rename(entry, self.target / entry.name)
             remove(former)
         self._unlock()
 
@@ -143,6 +149,21 @@ def _put_in_place(staged: Path, target: Path) -> Path | None:
         os.rename(former, target)
         raise
     return former
+
+
+def _link(entry: Path, to: Path) -> None:
+    """Have what is at ``entry`` at ``to`` as well: there is no moment at which it is in neither place."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.copytree(entry, to, symlinks=True, copy_function=_link_file)
+    else:
+        _link_file(entry, to)
+
+
+def _link_file(source: Any, to: Any) -> None:
+    try:
+        os.link(source, to, follow_symlinks=False)
+    except OSError:  # a file system without links
+        shutil.copy2(source, to, follow_symlinks=False)
 
 
 def recover(target: Path) -> None:
