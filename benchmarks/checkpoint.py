@@ -3,7 +3,8 @@
 python benchmarks/checkpoint.py [--megabytes 600] [--rounds 5]
 
 A save is on the disk when it returns, which ``torch.save`` alone does not promise: it is compared with ``torch.save``
-and ``fsync``, and with ``torch.save`` alone. Checkpoints that are verified are read once more.
+and ``fsync``. Disks have moods, so the same is measured in memory (a tmpfs), where ``fsync`` is nothing and bare is
+``torch.save`` alone. Checkpoints whose digests are verified are read once more.
 
 "create and fill" is a model made under ``init_module(empty_init=True)``, set up and loaded into. Bare PyTorch makes it
 on the meta device and lets it have the mapped file's pages (``load_state_dict(assign=True)``). That reads nothing yet,
@@ -18,6 +19,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from lightning.fabric.testing import on_ranks, preload
 preload("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint")
 
 LAYERS, BYTES = 12, 4
+SHARED_MEMORY = Path("/dev/shm")
 M_MMAP_THRESHOLD = -3
 Task = tuple[Callable[[], object], Callable[[], object], Callable[[], object]]
 
@@ -46,7 +49,7 @@ def large(megabytes: int) -> nn.Module:
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(LAYERS)))
 
 
-def saving_and_loading(folder: Path, megabytes: int) -> dict[str, Task]:
+def saving_and_loading(folder: Path, megabytes: int, where: str) -> dict[str, Task]:
     """Return ``task -> (bare PyTorch, Fabric, what comes before each without being timed)``."""
     fabric = Fabric(accelerator="cpu", devices=1)
     model = large(megabytes)
@@ -82,20 +85,15 @@ def saving_and_loading(folder: Path, megabytes: int) -> dict[str, Task]:
         fabric.load(fabric_file, {"model": wrapped}, **options)
 
     without, later = {"digests": False}, {"blocking": False}
-    return {
-        "save without digests, bare to the disk too": (
-            bare_save_to_the_disk,
-            partial(fabric_save, **without),
-            remove_files,
-        ),
-        "save, bare to the disk too": (bare_save_to_the_disk, fabric_save, remove_files),
-        "save without digests, bare to the cache": (bare_save, partial(fabric_save, **without), remove_files),
-        "save, bare to the cache": (bare_save, fabric_save, remove_files),
-        "save over an older file": (bare_save_to_the_disk, fabric_save, write_files),
+    tasks: dict[str, Task] = {
+        "save without digests": (bare_save_to_the_disk, partial(fabric_save, **without), remove_files),
+        "save": (bare_save_to_the_disk, fabric_save, remove_files),
         "until training goes on, of a blocking save": (fabric_save, partial(fabric_save, **later), remove_files),
+        "save over an older file": (bare_save_to_the_disk, fabric_save, write_files),
         "load, sizes verified": (bare_load, partial(fabric_load, verify=False), write_files),
         "load, digests verified": (bare_load, fabric_load, write_files),
     }
+    return {f"{title}, {where}": task for title, task in tasks.items()}
 
 
 def bring_to_the_disk(file: Path) -> None:
@@ -238,10 +236,15 @@ def main() -> None:
         rows.append([title, *median.values(), median["fabric"] / median["bare"], *memory.values()])
         raw[title] = {"seconds": time, "peak extra MB": memory}
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         disk = megabytes_per_second(folder, args.megabytes)
-        tasks = saving_and_loading(folder, args.megabytes) | creating(folder, args.megabytes, "32-true")
+        tasks = saving_and_loading(folder, args.megabytes, "disk")
+        if SHARED_MEMORY.is_dir():
+            in_memory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=SHARED_MEMORY)))
+            found = saving_and_loading(in_memory, args.megabytes, "memory")
+            tasks |= {title: found[title] for title in list(found)[:3]}
+        tasks |= creating(folder, args.megabytes, "32-true")
         in_half = creating(folder, args.megabytes, "bf16-true")
         tasks |= {f"{title}, bf16-true": in_half[title] for title in list(in_half)[-2:]}
         for title, task in tasks.items():

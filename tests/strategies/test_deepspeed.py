@@ -647,7 +647,7 @@ def _refuse(fabric: Fabric, folder: Path) -> dict[str, str]:
     model, optimizer = _set_up(fabric)
     path = folder / f"refusals {fabric.strategy.config['zero_optimization']['stage']}"  # type: ignore[attr-defined]
     fabric.save(path, {"model": model, "optimizer": optimizer, "n": 1})
-    (folder / "file").touch()
+    (folder / "file").write_text("no checkpoint")
     errors = {
         "strict": _error(lambda: fabric.load(path, {"model": model, "other": 1})),
         "weights_only": _error(lambda: fabric.load(path, {"model": model}, weights_only=True)),
