@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.fabric.checkpoint.directory import Best, CheckpointDirectory, Entry
-from lightning.fabric.checkpoint.saving import Peers, SaveOptions
+from lightning.fabric.checkpoint.saving import Peers, SaveOptions, agreed
 from lightning.fabric.strategies.strategy import Strategy
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
 from lightning.fabric.utilities.random_state import random_state, seed_for, set_random_state
@@ -109,9 +109,9 @@ class Checkpoints:
     def _with_own_part(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
         """Collective: return ``state`` with what this class adds to it; what all ranks have to add, on rank 0."""
         peers, doing = self._peers, f"saving step {step}"
-        part: dict[str, Any] = _on_all(peers, doing, lambda: _part_of_rank(step, state))
+        part: dict[str, Any] = agreed(peers, doing, lambda: _part_of_rank(step, state))
         parts = peers.gather(part)
-        own = _on_all(peers, doing, lambda: None if parts is None else self._own_part(step, parts, metrics))
+        own = agreed(peers, doing, lambda: None if parts is None else self._own_part(step, parts, metrics))
         return {**state, **part["loaders"], KEY: own}
 
     def _own_part(self, step: int, parts: list[dict[str, Any]], metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class Checkpoints:
             return None
         with self._strategy.opened_checkpoint(self.folder, verify) as found:
             path = found if os.fspath(found) != os.fspath(self.folder) else self.entries()[0].path
-            step = int(Path(path).name.removeprefix("step-"))
+            step = _step_in(Path(path))
             loaders = _loaders(state)
             values = {key: None if key in loaders else value for key, value in state.items()}
             rest = self._load(path, values, strict, weights_only=weights_only, verify=False)
@@ -211,7 +211,7 @@ class Checkpoints:
             rank_zero_warn(
                 f"The checkpoint of step {step} was not saved by `fabric.checkpoints(...)`: it has no random states."
             )
-        _on_all(self._peers, f"resuming step {step}", lambda: self._restore_on_rank(own, loaders, saved))
+        agreed(self._peers, f"resuming step {step}", lambda: self._restore_on_rank(own, loaders, saved))
 
     def _restore_on_rank(
         self, own: Mapping[str, Any] | None, loaders: Mapping[str, _FabricDataLoader], saved: Mapping[str, Any]
@@ -256,19 +256,7 @@ class Checkpoints:
 
     def _from_rank_0(self, ask: Callable[[], Any]) -> Any:
         peers = self._peers
-        answer = _on_all(peers, f"looking into {os.fspath(self.folder)!r}", lambda: ask() if peers.rank == 0 else None)
-        return peers.share(answer)
-
-
-def _on_all(peers: Peers, doing: str, act: Callable[[], Any]) -> Any:
-    """Collective: ``act`` on every rank, in which ranks do not talk; if it raises on one rank, all raise."""
-    error, result = None, None
-    try:
-        result = act()
-    except Exception as raised:
-        error = raised
-    peers.raise_on_all(error, doing)
-    return result
+        return peers.share(agreed(peers, f"looking into {os.fspath(self.folder)!r}", ask, on_rank_0=True))
 
 
 def _directory(folder: _PATH, keep_last: int | None, keep_best: Best | None) -> Any:
@@ -319,6 +307,11 @@ def _check_state(state: Any, verb: str) -> None:
         raise TypeError(f"`{verb}` needs a dict such as {{'model': model}}, but got {state!r}.")
     if KEY in state:
         raise ValueError(f"The key {KEY!r} of the state is for what the library adds to it. Choose another one.")
+
+
+def _step_in(path: Path) -> int:
+    name = next(part for part in reversed(path.parts) if part.startswith("step-"))
+    return int(name.removeprefix("step-"))
 
 
 def _loaders(state: Mapping[str, Any]) -> dict[str, _FabricDataLoader]:

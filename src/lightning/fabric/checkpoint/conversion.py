@@ -297,7 +297,5 @@ def _foreign(former: Path) -> list[Path]:
     return [
         entry
         for entry in former.iterdir()
-        if entry.name not in own
-        and not _SHARDED_FILE.fullmatch(entry.name)
-        and not is_part(entry.name)
+        if entry.name not in own and not _SHARDED_FILE.fullmatch(entry.name) and not is_part(entry.name)
     ]

@@ -1,10 +1,9 @@
 """What is to be read: found, recovered, compared with its manifest; of a folder of checkpoints, the newest good one."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lightning.fabric.checkpoint.directory import CheckpointDirectory
 from lightning.fabric.checkpoint.manifest import (
@@ -14,7 +13,7 @@ from lightning.fabric.checkpoint.manifest import (
     read_manifest,
     verify,
 )
-from lightning.fabric.checkpoint.saving import Peers
+from lightning.fabric.checkpoint.saving import Peers, agreed
 from lightning.fabric.checkpoint.transaction import recover
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
 from lightning.fabric.utilities.load import had_manifest
@@ -43,8 +42,9 @@ def opened(path: _PATH, digests: bool, peers: Peers) -> Iterator[_PATH]:
             yield local
         return
     local = _local_path(path)
-    _on_rank_0(peers, path, lambda: recover(local))
-    if is_directory_of_checkpoints(local):
+    doing = f"loading {os.fspath(path)!r}"
+    agreed(peers, doing, lambda: recover(local), on_rank_0=True)
+    if peers.share(agreed(peers, doing, lambda: is_directory_of_checkpoints(local), on_rank_0=True)):
         yield _newest_good(CheckpointDirectory(local), digests, peers)
         return
     if (damage := _damage(local, digests, peers)) is not None:
@@ -61,8 +61,9 @@ def is_directory_of_checkpoints(path: Path) -> bool:
 def _newest_good(directory: CheckpointDirectory, digests: bool, peers: Peers) -> Path:
     """Collective."""
     path = directory.folder
-    _on_rank_0(peers, path, directory.recover_all)
-    candidates: list[Path] = peers.share([entry.path for entry in directory.entries()] if peers.rank == 0 else None)
+    agreed(peers, f"loading {os.fspath(path)!r}", directory.recover_all, on_rank_0=True)
+    entries = agreed(peers, f"looking into {os.fspath(path)!r}", directory.entries, on_rank_0=True)
+    candidates: list[Path] = peers.share(None if entries is None else [entry.path for entry in entries])
     damages: list[DamagedCheckpointError] = []
     for candidate in candidates:
         damage = _damage(candidate, digests, peers, needs_manifest=True)
@@ -107,13 +108,3 @@ def _without_manifest(path: Path) -> DamagedCheckpointError:
     if path.is_dir():
         return DamagedCheckpointError(path, MANIFEST, "is missing")
     return DamagedCheckpointError(path, "", "has no manifest")
-
-
-def _on_rank_0(peers: Peers, path: Any, act: Callable[[], None]) -> None:
-    error: Exception | None = None
-    if peers.rank == 0:
-        try:
-            act()
-        except Exception as raised:
-            error = raised
-    peers.raise_on_all(error, f"loading {os.fspath(path)!r}")

@@ -32,7 +32,7 @@ from lightning.fabric.checkpoint.manifest import (
     read_manifest,
     verify,
 )
-from lightning.fabric.checkpoint.saving import OneRank, Peers
+from lightning.fabric.checkpoint.saving import OneRank, Peers, agreed
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.remote_files import (
     Remote,
@@ -298,7 +298,7 @@ def fetched(url: str, digests: bool = True, peers: Peers | None = None) -> Itera
 def _first_good(url: str, local: Path, peers: Peers, digests: bool) -> Path:
     """Collective."""
     leader = _leader(local, peers, url)
-    candidates: list[str] = _on_rank_0(peers, url, lambda: _candidates(url))
+    candidates: list[str] = peers.share(agreed(peers, f"reading {url!r}", lambda: _candidates(url), on_rank_0=True))
     damages: list[DamagedCheckpointError] = []
     for candidate in candidates:
         found = _fetch_together(candidate, local, leader, peers, digests, needs_manifest=candidate != url)
@@ -347,7 +347,7 @@ def _leader(local: Path, peers: Peers, url: str) -> int:
         status = local.parent.stat()
         return _machine(), status.st_dev, status.st_ino
 
-    disks = peers.share(peers.gather(_on_all(peers, url, make)))
+    disks = peers.share(peers.gather(agreed(peers, f"reading {url!r}", make)))
     return int(disks.index(disks[peers.rank]))
 
 
@@ -377,10 +377,10 @@ def _fetch_together(
     fetched_path, _ = results[leader]
     assert fetched_path is not None
     if leader == peers.rank:
-        _on_all(peers, url, lambda: None)
+        agreed(peers, f"reading {url!r}", lambda: None)
         return fetched_path
     own = local / fetched_path.name
-    _on_all(peers, url, lambda: _link(fetched_path, own))  # so that each rank deletes what is its own
+    agreed(peers, f"reading {url!r}", lambda: _link(fetched_path, own))  # so that each rank deletes what is its own
     return own
 
 
@@ -400,20 +400,6 @@ def _link_file(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without
         shutil.copyfile(source, target)
-
-
-def _on_all(peers: Peers, url: str, act: Callable[[], Any]) -> Any:
-    result, error = None, None
-    try:
-        result = act()
-    except Exception as raised:
-        error = raised
-    peers.raise_on_all(error, f"reading {url!r}")
-    return result
-
-
-def _on_rank_0(peers: Peers, url: str, act: Callable[[], Any]) -> Any:
-    return peers.share(_on_all(peers, url, act if peers.rank == 0 else lambda: None))
 
 
 # -- loading, on one rank

@@ -174,26 +174,26 @@ def save(prepared: Prepared, target: _PATH, options: SaveOptions, peers: Peers, 
     """
     doing = f"saving {os.fspath(target)!r}"
     if prepared.in_place or _is_special(target):
-        _agreed(peers, doing, lambda: _write_in_place(prepared, target))
-        _agreed(peers, doing, options.committed, on_rank_0=True)
+        agreed(peers, doing, lambda: _write_in_place(prepared, target))
+        agreed(peers, doing, options.committed, on_rank_0=True)
         return
     place = _place_for(target, peers)
     try:
-        _agreed(peers, doing, lambda: _begin(prepared, place, target))
-        own = _agreed(peers, doing, lambda: _write(prepared, place, options, target))
+        agreed(peers, doing, lambda: _begin(prepared, place, target))
+        own = agreed(peers, doing, lambda: _write(prepared, place, options, target))
         parts = peers.gather(own) or []
-        _agreed(
+        agreed(
             peers, doing, lambda: _commit(prepared, place, parts, options, peers.size, strategy, target), on_rank_0=True
         )
-        _agreed(peers, doing, options.committed, on_rank_0=True)
+        agreed(peers, doing, options.committed, on_rank_0=True)
     except BaseException:
         with suppress(OSError):  # the first error is the one to see; a later save removes what is left
             place.abort()
         raise
 
 
-def _agreed(peers: Peers, doing: str, act: Callable[[], Any], on_rank_0: bool = False) -> Any:
-    """Collective: ``act``, in which ranks do not talk; if it raises on one rank, all raise."""
+def agreed(peers: Peers, doing: str, act: Callable[[], Any], on_rank_0: bool = False) -> Any:
+    """Collective: return what ``act`` does, in which ranks do not talk; if it raises on one rank, all raise."""
     error: Exception | None = None
     result = None
     if not on_rank_0 or peers.rank == 0:
