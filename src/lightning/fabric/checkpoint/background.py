@@ -123,7 +123,12 @@ class Saver:
         except Exception as raised:
             error = raised
         peers.raise_on_all(error, f"copying the state for {os.fspath(target)!r}")
-        self._background.start(lambda: save(prepared, target, options, later, strategy))
+
+        def job() -> None:
+            save(prepared, target, options, later, strategy)
+            later.gather(None)  # rank 0, whose process holds the store, does not end before all have heard
+
+        self._background.start(job)
 
     def wait(self) -> None:
         """Return when nothing is being saved; raise what went wrong with the last one."""
