@@ -89,7 +89,7 @@ class TestOneFile:
         path = _save_file(tmp_path / "a.pt", trusts_archive)
         _check(path)
         whole = path.read_bytes()
-        for position in range(len(whole)):
+        for position in range(0, len(whole), 1 if trusts_archive else 5):
             changed = bytearray(whole)
             changed[position] ^= 1
             path.write_bytes(changed)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -99,6 +100,25 @@ def test_a_rank_that_does_not_come_is_named(tmp_path):
     with pytest.raises(TimeoutError, match=r"Rank 1 did not come to save its part within 0.2 s"):
         save(_part(0), tmp_path / "a", SaveOptions(), peers)
     assert os.listdir(tmp_path) == []
+
+
+def test_rank_0_leaves_when_all_have_heard():
+    left = []
+
+    def run(peers):
+        if peers.rank == 1:
+            time.sleep(0.2)
+            left.append(1)
+        peers.leave()
+        left.append(peers.rank)
+
+    assert _on_threads(2, run) == [None, None]
+    assert left[-1] == 0 or left[-2:] == [0, 1]
+    assert left[0] == 1
+
+
+def test_a_rank_that_is_gone_is_not_waited_for_at_the_end():
+    StorePeers(HashStore(), 0, 2, "save-1", timedelta(seconds=0.1)).leave()
 
 
 def test_without_checksums_sizes_are_recorded(tmp_path):

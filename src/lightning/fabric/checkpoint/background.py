@@ -6,13 +6,17 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
+
+from torch.distributed import DistNetworkError, DistStoreError
 
 from lightning.fabric.checkpoint.saving import Peers, Prepared, SaveOptions, save
 from lightning.fabric.checkpoint.snapshot import Snapshot
 from lightning.fabric.utilities.types import _PATH
+
+_LAST_WORDS = timedelta(seconds=10)
 
 
 class StorePeers:
@@ -65,6 +69,13 @@ class StorePeers:
             rank, text = first
             raise RuntimeError(f"Rank {rank} failed while {doing}, so no rank goes on. {text}")
 
+    def leave(self) -> None:
+        prefix = self._next()
+        with suppress(ConnectionError, DistStoreError):  # what is to be said has been said
+            self._set(f"{prefix}/{self.rank}", None)
+            if self.rank == 0:  # its process holds the store as a rule: it may not end before all have heard
+                self._store.wait([f"{prefix}/{rank}" for rank in range(self.size)], min(self._timeout, _LAST_WORDS))
+
     def _next(self) -> str:
         self._round += 1
         return f"{self._name}/{self._round}"
@@ -74,8 +85,6 @@ class StorePeers:
             self._store.set(key, pickle.dumps(obj))
 
     def _get(self, key: str, rank: int) -> Any:
-        from torch.distributed import DistStoreError
-
         try:
             with self._reaching_rank_0():
                 self._store.wait([key], self._timeout)
@@ -89,8 +98,6 @@ class StorePeers:
     @contextmanager
     def _reaching_rank_0(self) -> Iterator[None]:
         """Whose process most often holds the store."""
-        from torch.distributed import DistNetworkError
-
         try:
             yield
         except DistNetworkError as error:
@@ -125,8 +132,10 @@ class Saver:
         peers.raise_on_all(error, f"copying the state for {os.fspath(target)!r}")
 
         def job() -> None:
-            save(prepared, target, options, later, strategy)
-            later.gather(None)  # rank 0, whose process holds the store, does not end before all have heard
+            try:
+                save(prepared, target, options, later, strategy)
+            finally:
+                later.leave()
 
         self._background.start(job)
 

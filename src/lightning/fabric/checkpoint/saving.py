@@ -42,6 +42,9 @@ class Peers(Protocol):
     def raise_on_all(self, error: BaseException | None, doing: str) -> None:
         """If any rank has an ``error``, raise on all."""
 
+    def leave(self) -> None:
+        """Called last, however it went; not to be waited for."""
+
 
 class OneRank:
     """:class:`Peers` of one rank."""
@@ -58,6 +61,9 @@ class OneRank:
     def raise_on_all(self, error: BaseException | None, doing: str) -> None:
         if error is not None:
             raise error
+
+    def leave(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ class CollectivePeers:
     def raise_on_all(self, error: BaseException | None, doing: str) -> None:
         self._strategy.raise_on_all(error, doing)
 
+    def leave(self) -> None:
+        return None
+
 
 def background_peers(strategy: "ParallelStrategy", timeout: timedelta) -> Peers:
     """Collective: return peers that talk through a connection of their own to the store of the process group."""
