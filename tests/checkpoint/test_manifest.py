@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning.fabric.checkpoint.checksum import _PIECE, checksum
 from lightning.fabric.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpointError,
@@ -184,25 +183,3 @@ class TestFolder:
         content = json.loads((_save_folder(tmp_path / "a") / MANIFEST).read_text())
         assert content["fabric_checkpoint"] == 1
         assert content["files"]["a.bin"]["size"] == 5
-
-
-class TestChecksum:
-    @pytest.mark.parametrize("size", [0, 1, _PIECE - 1, _PIECE, _PIECE + 1, 3 * _PIECE])
-    def test_depends_on_every_piece(self, tmp_path, size):
-        path = tmp_path / "a"
-        content = bytearray(size)
-        path.write_bytes(content)
-        found = {checksum(path, size)}
-        positions = {position for position in (0, _PIECE - 1, _PIECE, size - 1) if 0 <= position < size}
-        for position in positions:
-            content[position] = 1
-            path.write_bytes(content)
-            found.add(checksum(path, size))
-            content[position] = 0
-        assert len(found) == 1 + len(positions)
-
-    def test_of_a_file_that_is_too_short_fails(self, tmp_path):
-        path = tmp_path / "a"
-        path.write_bytes(b"abc")
-        with pytest.raises(EOFError, match="ends at byte 3"):
-            checksum(path, 4)

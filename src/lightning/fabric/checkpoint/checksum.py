@@ -1,4 +1,4 @@
-"""Checksums of files: CRC-32 (zlib), computed piece by piece, by several threads.
+"""Checksums of files: CRC-32, computed piece by piece, by several threads; by isal if it is there, else by zlib.
 
 Of a zip archive, as ``torch.save`` writes it, the checksum consists of those that the archive itself has of its
 entries, and of the CRC-32 of all bytes between them. They were computed from memory, so that a save need not read the
@@ -9,10 +9,14 @@ import os
 import struct
 import threading
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
+
+try:
+    from isal.isal_zlib import crc32  # the same number as zlib's in a third of the time
+except ImportError:
+    from zlib import crc32
 
 _PIECE = 4 << 20  # bytes; part of what a checksum means, so it is part of its text
 _READ = 1 << 20  # bytes that stay in a core's cache
@@ -81,7 +85,7 @@ def _of_pieces(file: BinaryIO, size: int) -> int:
 def _combined(pieces: Iterable[int]) -> int:
     total = 0
     for piece in pieces:
-        total = zlib.crc32(piece.to_bytes(4, "big"), total)
+        total = crc32(piece.to_bytes(4, "big"), total)
     return total
 
 
@@ -93,13 +97,13 @@ def _crc(descriptor: int, offset: int, size: int) -> int:
         count = os.preadv(descriptor, [view], offset)
         if not count:
             raise EOFError(f"The file ends at byte {offset}.")
-        total = zlib.crc32(view[:count], total)
+        total = crc32(view[:count], total)
         offset += count
     return total
 
 
 def _for_each(count: int, act: Callable[[int], None]) -> None:
-    """Call ``act(number)`` for each, in several threads: reading and zlib both let other threads run.
+    """Call ``act(number)`` for each, in several threads: reading and CRC-32 both let other threads run.
 
     Threads of our own, because those of an executor cannot be had any more when a process ends.
     """
