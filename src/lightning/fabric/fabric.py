@@ -50,6 +50,7 @@ from lightning.fabric.utilities.data import (
 from lightning.fabric.utilities.distributed import ReduceOp
 from lightning.fabric.utilities.optimizer import parameter_names, repoint_optimizers
 from lightning.fabric.utilities.rank_zero import rank_zero_deprecation, rank_zero_warn
+from lightning.fabric.utilities.ranks import all_or_none
 from lightning.fabric.utilities.registry import _load_external_callbacks
 from lightning.fabric.utilities.types import _PATH, LRScheduler
 from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -713,14 +714,10 @@ class Fabric:
             _checks.state_filter(filter, state)
         # a strategy of the user's may know the first arguments alone
         extra = {} if options == SaveOptions() else {"options": options}
-        error: Exception | None = None
-        try:
+        with all_or_none(self._strategy, f"saving {os.fspath(path)!r}"):
             unwrapped = unwrap_for_files(state)
             with names_without_compilation(_modules_in(unwrapped)):
                 self._strategy.save_checkpoint(path=path, state=unwrapped, filter=filter, **extra)
-        except Exception as raised:
-            error = raised
-        self._strategy.raise_on_all(error, f"saving {os.fspath(path)!r}")
 
     def load(
         self,

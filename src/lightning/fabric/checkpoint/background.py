@@ -14,6 +14,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 
 from lightning.fabric.checkpoint.saving import Peers, Prepared, SaveOptions, save
 from lightning.fabric.checkpoint.snapshot import Snapshot
+from lightning.fabric.utilities.ranks import all_or_none
 from lightning.fabric.utilities.types import _PATH
 
 _LAST_WORDS = timedelta(seconds=10)
@@ -124,12 +125,8 @@ class Saver:
         if options.blocking:
             save(prepared, target, options, peers, strategy)
             return
-        error: Exception | None = None
-        try:
+        with all_or_none(peers, f"copying the state for {os.fspath(target)!r}"):
             self._detach(prepared)
-        except Exception as raised:
-            error = raised
-        peers.raise_on_all(error, f"copying the state for {os.fspath(target)!r}")
 
         def job() -> None:
             try:

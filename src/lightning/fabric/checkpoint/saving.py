@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lightning.fabric.checkpoint.manifest import FileRecord, Manifest, files_of, record_of
 from lightning.fabric.checkpoint.transaction import Transaction
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
+from lightning.fabric.utilities.ranks import Ranks, all_or_none
 from lightning.fabric.utilities.types import _PATH
 
 if TYPE_CHECKING:
@@ -27,20 +28,8 @@ if TYPE_CHECKING:
 # -- what is saved, and by whom
 
 
-class Peers(Protocol):
-    """The ranks that save together; every method is called by all of them, in the same order."""
-
-    rank: int
-    size: int
-
-    def gather(self, obj: Any) -> list[Any] | None:
-        """Return every rank's ``obj`` on rank 0, None elsewhere."""
-
-    def share(self, obj: Any) -> Any:
-        """Return rank 0's ``obj``."""
-
-    def raise_on_all(self, error: BaseException | None, doing: str) -> None:
-        """If any rank has an ``error``, raise on all."""
+class Peers(Ranks, Protocol):
+    """The ranks that save together."""
 
     def leave(self) -> None:
         """Called last, however it went; not to be waited for."""
@@ -200,14 +189,10 @@ def save(prepared: Prepared, target: _PATH, options: SaveOptions, peers: Peers, 
 
 def agreed(peers: Peers, doing: str, act: Callable[[], Any], on_rank_0: bool = False) -> Any:
     """Collective: return what ``act`` does, in which ranks do not talk; if it raises on one rank, all raise."""
-    error: Exception | None = None
     result = None
-    if not on_rank_0 or peers.rank == 0:
-        try:
+    with all_or_none(peers, doing):
+        if not on_rank_0 or peers.rank == 0:
             result = act()
-        except Exception as raised:
-            error = raised
-    peers.raise_on_all(error, doing)
     return result
 
 

@@ -8,8 +8,7 @@ any way or not at all.
 import copy
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
@@ -45,6 +44,7 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
 from lightning.fabric.utilities.load import is_sharded_folder
 from lightning.fabric.utilities.optimizer import parameter_names
+from lightning.fabric.utilities.ranks import all_or_none
 from lightning.fabric.utilities.sharded_folder import Place, ShardedFolder, Shards
 from lightning.fabric.utilities.types import _PATH
 
@@ -90,19 +90,8 @@ def prepare(
     return _prepare_folder(strategy, state)
 
 
-@contextmanager
-def _all_or_none(strategy: Strategy, doing: str) -> Iterator[None]:
-    """Collective: an error of the block on one rank is raised on all; no collective that may be missed is inside."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as raised:
-        error = raised
-    strategy.raise_on_all(error, doing)
-
-
 def _prepare_file(strategy: ParallelStrategy, state: Mapping[str, Any], filter: _Filter) -> Prepared:
-    with _all_or_none(strategy, _PREPARING):
+    with all_or_none(strategy, _PREPARING):
         parts = _Parts.of(strategy, state)
         rest = parts.plain_values()
     full: dict[str, Any] = {}
@@ -114,7 +103,7 @@ def _prepare_file(strategy: ParallelStrategy, state: Mapping[str, Any], filter: 
         else:
             full[key] = rest[key]
     checkpoint: dict[str, Any] = {}
-    with _all_or_none(strategy, _PREPARING):
+    with all_or_none(strategy, _PREPARING):
         for key, value in full.items() if strategy.is_global_zero else ():
             _apply_filter(key, filter, value, checkpoint)
     prepared = strategy._prepared_file(checkpoint if strategy.is_global_zero else None)
@@ -134,7 +123,7 @@ def _refuse_other_folders(path: _PATH) -> None:
 
 
 def _prepare_folder(strategy: ParallelStrategy, state: Mapping[str, Any]) -> Prepared:
-    with _all_or_none(strategy, _PREPARING):
+    with all_or_none(strategy, _PREPARING):
         parts = _Parts.of(strategy, state)
         parts.need_module("Saving shards")
         values, rest = parts.values_to_write(), parts.plain_values()
@@ -546,13 +535,13 @@ def load_checkpoint(
     """
     doing = f"loading {os.fspath(path)!r}"
     if isinstance(state, (nn.Module, Optimizer)):
-        with _all_or_none(strategy, doing):
+        with all_or_none(strategy, doing):
             _load_bare(strategy, path, state, strict, weights_only)
         return {}
     if not in_parts and not state:
-        with _all_or_none(strategy, doing):
+        with all_or_none(strategy, doing):
             return sharded_folder.read_all(_local_path(path), weights_only)
-    with _all_or_none(strategy, doing):
+    with all_or_none(strategy, doing):
         if not isinstance(state, MutableMapping) and state is not None:
             raise TypeError(f"`state` must be a dict, a module or an optimizer, but got {state!r}.")
         parts = _Parts.of(strategy, state or {})
@@ -561,11 +550,11 @@ def load_checkpoint(
         folder = ShardedFolder(_local_path(path), weights_only) if _is_folder(path) else None
     assert state is not None
     if folder is None:
-        with _all_or_none(strategy, doing):
+        with all_or_none(strategy, doing):
             remainder, restore = _prepare_from_file(strategy, path, parts, strict, weights_only)
     else:
         remainder, restore = _prepare_from_folder(strategy, folder, parts, strict, doing)
-    with _all_or_none(strategy, doing):
+    with all_or_none(strategy, doing):
         state.update(restore())
     return remainder
 
@@ -664,7 +653,7 @@ def _prepare_from_folder(
     strategy: Strategy, folder: ShardedFolder, parts: _Parts, strict: bool, doing: str
 ) -> tuple[dict[str, Any], _Restore]:
     """Collective: check, then read, tensors of modules in place; return what is not named, and what is to be done."""
-    with _all_or_none(strategy, doing):
+    with all_or_none(strategy, doing):
         found = _check_keys(folder, parts, strict)
         others = {**_blank_groups(folder, found.optimizers), **_blank_plain(folder, parts)}
         folder.read(others)
@@ -674,7 +663,7 @@ def _prepare_from_folder(
             tensors |= _blank_state(folder, key, optimizer, numbers_of[key])
         for key, module in found.modules.items():
             tensors |= _targets(folder, key, module)
-    with _all_or_none(strategy, doing):
+    with all_or_none(strategy, doing):
         folder.read(tensors)
     plain = {
         key: sharded_folder._numbered(_entry(folder, key, others)) for key in _keys_of_plain(folder, parts)

@@ -39,6 +39,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_
 from lightning.fabric.utilities.init import _EmptyInit
 from lightning.fabric.utilities.load import is_sharded_folder
 from lightning.fabric.utilities.optimizer import refuse_meta_parameters
+from lightning.fabric.utilities.ranks import all_or_none
 from lightning.fabric.utilities.types import _PATH, ReduceOp
 
 if TYPE_CHECKING:
@@ -390,8 +391,7 @@ class Strategy(ABC):
             NotImplementedError: if it is to be saved in the background, and cannot be.
 
         """
-        error: Exception | None = None
-        try:
+        with all_or_none(self, f"saving {os.fspath(path)!r}"):
             self.wait_for_saves()
             prepared = self._prepare_checkpoint(state, storage_options, filter or {})
             later = self._peers(in_background=True) if not options.blocking else self._peers()
@@ -400,9 +400,6 @@ class Strategy(ABC):
                     f"{type(self).__name__} cannot save this while training goes on: what writes it needs all ranks, "
                     "or is not the library's. Use `blocking=True`."
                 )
-        except Exception as raised:
-            error = raised
-        self.raise_on_all(error, f"saving {os.fspath(path)!r}")
         self._saver.save(prepared, path, options, self._peers(), later, strategy=type(self).__name__)
 
     def _prepare_checkpoint(
@@ -450,7 +447,8 @@ class Strategy(ABC):
 
         What a ``CheckpointIO`` of the user's has written is left to that.
         """
-        self.raise_on_all(_error_of(self.wait_for_saves), "saving in the background")
+        with all_or_none(self, "saving in the background"):
+            self.wait_for_saves()
         return opened(path, digests, self._peers()) if self.checkpoint_io.to_any_path else nullcontext(path)
 
     def load_checkpoint(
@@ -625,14 +623,6 @@ class _OneProcess:
 
     def _peers(self, in_background: bool = False) -> Peers:
         return OneRank()
-
-
-def _error_of(call: Callable[[], None]) -> Exception | None:
-    try:
-        call()
-    except Exception as error:
-        return error
-    return None
 
 
 def _is_checkpointed(part: nn.Module) -> bool:

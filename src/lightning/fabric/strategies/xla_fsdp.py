@@ -34,6 +34,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.init_tape import recording_init
 from lightning.fabric.utilities.optimizer import _replace_parameters, parameter_names
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.ranks import all_or_none
 from lightning.fabric.utilities.types import _PATH
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
@@ -374,22 +375,12 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
     def _write_in_turn(self, checkpoint: dict[str, Any], folder: _PATH) -> Written:
         file = shards.file_of(folder, self.global_rank, self.world_size)
         for turn in range(self.world_size if self._sequential_save else 1):
-            with self._failing_together(f"writing {file!r}"):
+            with all_or_none(self, f"writing {file!r}"):
                 if turn == self.global_rank or not self._sequential_save:
                     self.checkpoint_io.save_checkpoint(checkpoint=checkpoint, path=file)
         if self.is_global_zero:
             shards.remove_other_files(folder, self.world_size)
         return Written([file.rpartition("/")[2]])
-
-    @contextmanager
-    def _failing_together(self, doing: str) -> Iterator[None]:
-        """Collective: an error inside, where nothing is collective, is raised on all ranks."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as raised:
-            error = raised
-        self.raise_on_all(error, doing)
 
     def load_checkpoint(
         self,
@@ -465,7 +456,7 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
     def _load_folder(
         self, path: str, state: MutableMapping[str, Any], root: nn.Module, strict: bool, weights_only: bool | None
     ) -> dict[str, Any]:
-        with self._failing_together(f"reading {path!r}"):
+        with all_or_none(self, f"reading {path!r}"):
             files = shards.files_in(path)
             alike = len(files) == self.world_size
             own = self._read(files[self.global_rank] if alike else files[0], weights_only)
@@ -476,7 +467,7 @@ class XLAFSDPStrategy(XLARanks, _Sharded):
                 raise ValueError(f"{path!r} has files of different saves: the last one has failed half-way.")
             own.update(self.broadcast({key: value for key, value in own.items() if key not in metadata["parameters"]}))
             return self._restore_parts(state, own, root, strict)
-        with self._failing_together(f"reading {path!r}"):
+        with all_or_none(self, f"reading {path!r}"):
             every = [self._read(file, weights_only) for file in files]
         return self._restore_joined(path, state, every, strict)
 

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.fabric.utilities.load import _INDEX_FILENAME, _METADATA_FILENAME, HAS_MANIFEST
+from lightning.fabric.utilities.ranks import Ranks, all_or_none
 
 _CHECKPOINT_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|meta\.pt|manifest\.json")
 
@@ -55,19 +56,7 @@ def foreign_entries(folder: Path) -> list[Path]:
 
 # -- writing
 
-
-T = TypeVar("T")
 Result: TypeAlias = list[WriteResult]  # of one rank's writing
-
-
-class Ranks(Protocol):
-    """The ranks that write together, as ``checkpoint.saving.Peers`` has them."""
-
-    rank: int
-
-    def gather(self, obj: Any) -> list[Any] | None: ...
-    def share(self, obj: Any) -> Any: ...
-    def raise_on_all(self, error: BaseException | None, doing: str) -> None: ...
 
 
 class Shards:
@@ -93,9 +82,12 @@ class Shards:
 
         """
         planner = _SavePlanner()
-        own = _agreed(ranks, lambda: planner.plan_of(values))
+        doing = "planning which rank saves what"
+        with all_or_none(ranks, doing):
+            own = planner.plan_of(values)
         plans = ranks.gather(own)
-        merged = _agreed(ranks, lambda: None if plans is None else planner.merged(plans))
+        with all_or_none(ranks, doing):
+            merged = None if plans is None else planner.merged(plans)
         kept: list[list[int]] = ranks.share(None if merged is None else merged[0])
         items = [own.items[number] for number in kept[ranks.rank]]
         plan = replace(own, items=items, storage_data=_StoragePrefix(f"__{ranks.rank}_"))
@@ -127,17 +119,6 @@ class _IndexWriter(FileSystemWriter):
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(modules=[HAS_MANIFEST])
-
-
-def _agreed(ranks: Ranks, act: Callable[[], T]) -> T:
-    """Collective: ``act``, in which ranks do not talk; if it raises on one rank, all raise."""
-    error: Exception | None = None
-    try:
-        result = act()
-    except Exception as raised:
-        error = raised
-    ranks.raise_on_all(error, "planning which rank saves what")
-    return result
 
 
 def write_meta(folder: Path, values: Mapping[str, Any]) -> str:
