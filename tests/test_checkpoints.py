@@ -1,6 +1,8 @@
 """The manager of checkpoints: a run that was interrupted ends like one that was not."""
 
+import os
 import random
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -11,8 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning.fabric import Fabric
+from lightning.fabric.checkpoint import manifest
 from lightning.fabric.checkpoint.directory import Best, CheckpointDirectory
 from lightning.fabric.checkpoint.manifest import DamagedCheckpointError
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.precision import MixedPrecision
 from lightning.fabric.testing import on_ranks, preload
 from lightning.fabric.utilities.random_state import is_same, random_state
@@ -315,6 +319,64 @@ def test_damaged_ones_are_passed_over_by_name(fabric, tmp_path):
     (tmp_path / "step-00000001").write_bytes(b"")
     with pytest.raises(DamagedCheckpointError, match="none of its 3 checkpoints is good"):
         checkpoints.resume(state)
+
+
+def test_one_of_a_later_version_is_not_passed_over(fabric, tmp_path, monkeypatch):
+    checkpoints = fabric.checkpoints(tmp_path)
+    checkpoints.save(1, {"count": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "_FORMAT", 2)
+        checkpoints.save(2, {"count": 2})
+    with pytest.raises(manifest.NewerCheckpointError, match="step-00000002' is of a later version"):
+        checkpoints.resume({"count": 0})
+
+
+def test_one_that_the_disk_does_not_give_is_passed_over_by_name(fabric, tmp_path, monkeypatch):
+    checkpoints = fabric.checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, {"count": step})
+    read = os.preadv
+
+    def read_unless_broken(descriptor, *args):
+        if os.path.samestat(os.fstat(descriptor), (tmp_path / "step-00000002").stat()):
+            raise OSError(5, "Input/output error")
+        return read(descriptor, *args)
+
+    monkeypatch.setattr(os, "preadv", read_unless_broken)
+    with pytest.warns(UserWarning, match="step-00000002.*Input/output error.*passed over"):
+        assert checkpoints.resume({"count": 0}) == 1
+
+
+class SlowIO(TorchCheckpointIO):
+    to_any_path = True
+
+    def write_checkpoint(self, checkpoint, path):
+        time.sleep(0.5)
+        super().write_checkpoint(checkpoint, path)
+
+
+def test_one_that_is_being_saved_is_waited_for(tmp_path):
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[SlowIO()])
+    checkpoints = fabric.checkpoints(tmp_path)
+    checkpoints.save(1, {"count": 1}, blocking=False)
+    assert checkpoints.resume(state := {"count": 0}) == 1
+    assert state == {"count": 1}
+
+
+class LegacyIO(TorchCheckpointIO):
+    to_any_path = True
+
+    def write_checkpoint(self, checkpoint, path):
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=False)
+
+
+def test_what_can_hold_no_manifest_is_refused_when_it_is_saved(tmp_path):
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[LegacyIO()])
+    with pytest.raises(ValueError, match="has to have a manifest"):
+        fabric.checkpoints(tmp_path / "run").save(1, {"count": 1})
+    assert os.listdir(tmp_path / "run") == []
+    fabric.save(tmp_path / "a.pt", {"count": 1})
+    assert fabric.load(tmp_path / "a.pt") == {"count": 1}
 
 
 @pytest.mark.parametrize("content", ["step-00000009", "?", ""])

@@ -1,12 +1,14 @@
 """Which checkpoint of a folder is the latest good one, and which are kept."""
 
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning.fabric.checkpoint import directory as module
 from lightning.fabric.checkpoint.directory import Best, CheckpointDirectory, Entry
 from lightning.fabric.checkpoint.manifest import Manifest, manifest_of
 from lightning.fabric.checkpoint.transaction import Transaction
@@ -127,7 +129,7 @@ def test_what_a_run_that_went_back_has_left_behind_is_older_and_stays(tmp_path, 
     assert _steps(directory) == [16, 14, 30, 20]
     assert [entry.step for entry, _ in directory.good()] == [16, 14, 30, 20]
     _save_at(directory, 31, 9, monkeypatch)
-    assert _steps(directory) == [31, 30]
+    assert _steps(directory) == [31, 16]  # not 30, of the run that was left
 
 
 def test_one_that_was_committed_when_the_process_was_killed_is_the_newest(tmp_path, monkeypatch):
@@ -191,3 +193,38 @@ def test_wrong_numbers_are_refused(tmp_path):
         Best("loss", "least")
     with pytest.raises(ValueError, match="`count`"):
         Best("loss", count=0)
+
+
+@pytest.mark.parametrize("count", [2.0, True, "3"])
+def test_what_counts_nothing_is_refused(tmp_path, count):
+    with pytest.raises(TypeError, match="`keep_last` must be an integer"):
+        CheckpointDirectory(tmp_path, keep_last=count)
+    with pytest.raises(TypeError, match="`count` of the best to keep must be an integer"):
+        Best("loss", count=count)
+
+
+def test_a_link_that_leads_nowhere_is_damaged_and_stays(tmp_path):
+    directory = CheckpointDirectory(tmp_path / "run", keep_last=1)
+    _save(directory, 1)
+    directory.path_of(2).symlink_to(tmp_path / "unmounted" / "step-00000002")
+    (broken, damage), (good, none) = directory.good()
+    assert (broken.step, good.step, none) == (2, 1, None)
+    assert "cannot be read: No such file or directory" in str(damage)
+    _save(directory, 3)
+    assert _steps(directory) == [3, 2]
+
+
+def test_one_that_goes_meanwhile_is_not_there(tmp_path, monkeypatch):
+    directory = CheckpointDirectory(tmp_path / "run")
+    _save(directory, 1)
+    _save(directory, 2)
+    read = module.read_manifest
+
+    def read_when_it_has_gone(path):
+        if path.name == "step-00000001":
+            shutil.rmtree(path)
+            (path / "part").read_text()
+        return read(path)
+
+    monkeypatch.setattr(module, "read_manifest", read_when_it_has_gone)
+    assert _steps(directory) == [2]

@@ -8,11 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning.fabric.checkpoint import manifest as module
 from lightning.fabric.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpointError,
     FileRecord,
     Manifest,
+    NewerCheckpointError,
     attach,
     manifest_of,
     read_manifest,
@@ -183,3 +185,18 @@ class TestFolder:
         content = json.loads((_save_folder(tmp_path / "a") / MANIFEST).read_text())
         assert content["fabric_checkpoint"] == 1
         assert content["files"]["a.bin"]["size"] == 5
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_one_of_a_later_version_is_not_called_damaged(tmp_path, monkeypatch, kind):
+    path = tmp_path / "a"
+    if kind == "file":
+        torch.save({"x": 1}, path)
+    else:
+        path.mkdir()
+    monkeypatch.setattr(module, "_FORMAT", 2)
+    attach(path, manifest_of(path))
+    monkeypatch.undo()
+    with pytest.raises(NewerCheckpointError, match="is of a later version: .* update lightning-fabric") as caught:
+        read_manifest(path)
+    assert type(pickle.loads(pickle.dumps(caught.value))) is NewerCheckpointError

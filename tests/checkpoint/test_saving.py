@@ -167,6 +167,19 @@ class TestBackground:
         assert "A checkpoint could not be saved: OSError: a disk on fire" in ended.stderr
         assert "Traceback" not in ended.stderr
 
+    def test_after_an_error_at_the_end_others_still_have_their_turn(self):
+        code = """if True:
+            import atexit
+            from lightning.fabric.checkpoint.background import Background
+            def fail():
+                raise OSError("a disk on fire")
+            atexit.register(print, "said goodbye")
+            Background().start(fail)
+        """
+        ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 1
+        assert ended.stdout == "said goodbye\n"
+
 
 class TestSnapshot:
     def test_is_what_the_values_were_and_uses_its_memory_again(self):
@@ -204,3 +217,28 @@ class TestSnapshot:
         assert copy["model"]._metadata == model.state_dict()._metadata
         assert isinstance(copy["parameter"], torch.nn.Parameter)
         assert copy["parameter"].data_ptr() == copy["model"]["0.weight"].data_ptr() != model[0].weight.data_ptr()
+
+    @pytest.mark.parametrize(
+        "tensor",
+        [
+            torch.tensor([1 + 2j]).conj(),
+            torch.tensor([1 + 2j]).conj().imag,
+            torch.ones(2, 2).to_sparse(),
+        ],
+        ids=["conjugate", "negative", "sparse"],
+    )
+    def test_keeps_tensors_that_are_more_than_their_memory(self, tensor):
+        snapshot = Snapshot()
+        snapshot.begin()
+        copied = snapshot.copy(tensor)
+        snapshot.end()
+        assert copied.dtype == tensor.dtype
+        assert str(copied) == str(tensor)
+
+    def test_keeps_parameters_that_have_no_size_yet(self):
+        layer, snapshot = torch.nn.LazyLinear(2), Snapshot()
+        snapshot.begin()
+        copied = detached({"weight": layer.weight}, snapshot.copy)["weight"]
+        snapshot.end()
+        layer(torch.ones(1, 3))
+        assert torch.nn.parameter.is_lazy(copied)

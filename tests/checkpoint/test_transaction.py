@@ -150,3 +150,16 @@ class TestStale:
             (transaction.staged / "0.bin").write_text("text")
             transaction.commit(manifest_of(transaction.staged))
         assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "字" * 85, "é" * 127])
+def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path, name):
+    target = tmp_path / name
+    _save(target, "text")
+    Transaction(target).staged.touch()
+    transaction = Transaction(target)
+    transaction.begin(is_folder=False)
+    _make(transaction.staged, "other")
+    transaction.commit(manifest_of(transaction.staged))
+    assert os.listdir(tmp_path) == [name], "and what was left over is found"
+    assert _read(target) == "other"

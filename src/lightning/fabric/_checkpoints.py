@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric._checks import no_plain_loaders
 from lightning.fabric.checkpoint.directory import Best, CheckpointDirectory, Entry
 from lightning.fabric.checkpoint.saving import Peers, SaveOptions, agreed
 from lightning.fabric.strategies.strategy import Strategy
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
 from lightning.fabric.utilities.random_state import random_state, seed_for, set_random_state
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.ranks import all_or_none
 from lightning.fabric.utilities.types import _PATH
 from lightning.fabric.wrappers import _FabricDataLoader
 
@@ -90,8 +92,10 @@ class Checkpoints:
             TypeError: if ``step`` is no integer, or a metric no number.
 
         """
-        step, numbers = _checked_step(step), _checked_metrics(metrics)
-        _check_state(state, "save")
+        with all_or_none(self._strategy, f"saving step {step!r}"):
+            step = _checked_step(step)
+            _check_state(state, "save")
+            numbers = _checked_metrics(metrics) if self._strategy.is_global_zero else {}
         everything = self._with_own_part(step, state, numbers)
         path = self._directory.path_of(step)
 
@@ -99,7 +103,9 @@ class Checkpoints:
             self._directory.set_latest(path)
             self._retain()
 
-        options = SaveOptions(step, numbers, digests=digests, blocking=blocking, committed=committed)
+        options = SaveOptions(
+            step, numbers, digests=digests, blocking=blocking, needs_manifest=True, committed=committed
+        )
         self._save(path, everything, filter, options)
 
     def wait(self) -> None:
@@ -185,7 +191,10 @@ class Checkpoints:
             RuntimeError: if a random state cannot be restored.
 
         """
-        _check_state(state, "resume")
+        with all_or_none(self._strategy, f"resuming from {os.fspath(self.folder)!r}"):
+            _check_state(state, "resume")
+            no_plain_loaders(state)
+            self._strategy.wait_for_saves()
         if not self.entries():
             return None
         with self._strategy.opened_checkpoint(self.folder, verify) as found:
@@ -261,7 +270,8 @@ class Checkpoints:
 
 def _directory(folder: _PATH, keep_last: int | None, keep_best: Best | None) -> Any:
     if _is_local_file_protocol(folder):
-        return CheckpointDirectory(_local_path(folder), keep_last, keep_best)
+        # wherever the process will be when it saves
+        return CheckpointDirectory(_local_path(folder).absolute(), keep_last, keep_best)
     from lightning.fabric.checkpoint.remote import RemoteDirectory
 
     return RemoteDirectory(str(folder), keep_last, keep_best)
@@ -295,7 +305,7 @@ def _checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     for name, value in (metrics or {}).items():
         try:
             numbers[str(name)] = float(value)
-        except (TypeError, ValueError, RuntimeError):  # a tensor of several elements is a RuntimeError
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # a tensor of several elements is a RuntimeError
             raise TypeError(
                 f"metrics[{name!r}] must be a number or a tensor of one element, but got {value!r}."
             ) from None

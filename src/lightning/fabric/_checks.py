@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lightning.fabric.strategies._single_file import is_stateful
 from lightning.fabric.utilities.types import Optimizable
 from lightning.fabric.wrappers import _FabricDataLoader, _FabricModule, _FabricOptimizer, is_wrapped
 
@@ -120,6 +121,16 @@ def one_kind_of_clipping(clip_val: Any, max_norm: Any) -> None:
             "`clip_gradients` clips either by value (`clip_val=`) or by norm (`max_norm=`), but got "
             f"clip_val={clip_val!r} and max_norm={max_norm!r}. Pass one of them."
         )
+
+
+def no_plain_loaders(state: Mapping[str, Any]) -> None:
+    """A loader in the state knows where it is: it is set up, or has a state of its own."""
+    for key, value in state.items():
+        if isinstance(value, DataLoader) and not is_stateful(value):
+            raise TypeError(
+                f"state[{key!r}] is a {type(value).__name__} that is not set up, so it does not know how far it is. "
+                "Put there what `fabric.setup_dataloaders` returned."
+            )
 
 
 def state_filter(filter: Any, state: Mapping[str, Any]) -> None:

@@ -708,13 +708,17 @@ class Fabric:
         options: SaveOptions,
     ) -> None:
         self._require_launch("save")
-        if not isinstance(state, Mapping):
-            raise TypeError(f"`save` needs a dict of what to save, but got {state!r}. Pass e.g. {{'model': model}}.")
-        if filter is not None:
-            _checks.state_filter(filter, state)
+        doing = f"saving {str(path)!r}"
+        with all_or_none(self._strategy, doing):
+            os.fspath(path)
+            if not isinstance(state, Mapping):
+                raise TypeError(f"`save` needs a dict such as {{'model': model}}, but got {state!r}.")
+            _checks.no_plain_loaders(state)
+            if filter is not None:
+                _checks.state_filter(filter, state)
         # a strategy of the user's may know the first arguments alone
         extra = {} if options == SaveOptions() else {"options": options}
-        with all_or_none(self._strategy, f"saving {os.fspath(path)!r}"):
+        with all_or_none(self._strategy, doing):
             unwrapped = unwrap_for_files(state)
             with names_without_compilation(_modules_in(unwrapped)):
                 self._strategy.save_checkpoint(path=path, state=unwrapped, filter=filter, **extra)
@@ -750,23 +754,28 @@ class Fabric:
 
         """
         self._require_launch("load")
-        self._strategy.barrier("fabric.load")
+        with all_or_none(self._strategy, f"loading {str(path)!r}"):
+            os.fspath(path)
+            if state is not None:
+                _checks.no_plain_loaders(state)
         if state is None:
-            with self._strategy.opened_checkpoint(path, verify) as found:
-                return self._strategy.load_checkpoint(path=found, state=None, strict=strict, weights_only=weights_only)
+            return self._load(path, None, strict, weights_only, verify)
         unwrapped = {
             name: value if isinstance(value, _FabricDataLoader) else unwrap(value) for name, value in state.items()
         }
         restored = dict(unwrapped)
-        with (
-            names_without_compilation(_modules_in(unwrapped)),
-            self._strategy.opened_checkpoint(path, verify) as found,
-        ):
-            remainder = self._strategy.load_checkpoint(
-                path=found, state=restored, strict=strict, weights_only=weights_only
-            )
+        with names_without_compilation(_modules_in(unwrapped)):
+            remainder = self._load(path, restored, strict, weights_only, verify)
         state.update({name: value for name, value in restored.items() if value is not unwrapped.get(name)})
         return remainder
+
+    def _load(self, path: _PATH, state: Any, strict: bool, weights_only: bool | None, verify: bool) -> dict[str, Any]:
+        with (
+            all_or_none(self._strategy, f"loading {os.fspath(path)!r}"),
+            self._strategy.opened_checkpoint(path, verify) as found,
+        ):
+            rest = self._strategy.load_checkpoint(path=found, state=state, strict=strict, weights_only=weights_only)
+        return rest  # noqa: RET504  # no rank has raised
 
     def load_raw(
         self,
@@ -791,11 +800,8 @@ class Fabric:
         self._require_launch("load_raw")
         self._strategy.barrier("fabric.load_raw")
         unwrapped = unwrap(obj)
-        with (
-            names_without_compilation(_modules_in({"": unwrapped})),
-            self._strategy.opened_checkpoint(path, verify) as found,
-        ):
-            self._strategy.load_checkpoint(path=found, state=unwrapped, strict=strict, weights_only=weights_only)
+        with names_without_compilation(_modules_in({"": unwrapped})):
+            self._load(path, unwrapped, strict, weights_only, verify)
 
     def checkpoints(
         self, folder: _PATH, keep_last: int | None = None, keep_best: BestLike | None = None

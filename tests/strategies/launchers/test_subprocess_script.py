@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +78,31 @@ def test_the_first_ranks_own_exception_ends_the_others(launched_by):
     assert result.returncode == 1
     assert last_line(result.stderr) == "First cause: rank 0 raised ValueError: mine (exit code 1)"
     assert not any(os.path.exists(f"/proc/{pid}") for pid in result.stdout.split())
+
+
+@pytest.mark.parametrize("launcher", ["python", "fabric run"])
+@pytest.mark.parametrize("failing", [[0], [1], [0, 1]])
+def test_what_is_being_saved_when_a_rank_raises_is_saved(launched_by, programs, launcher, failing):
+    script = f"""{LAUNCH}
+    from lightning.fabric.plugins import TorchCheckpointIO
+
+    class SlowIO(TorchCheckpointIO):
+        to_any_path = True
+        def write_checkpoint(self, checkpoint, path):
+            time.sleep(1)
+            super().write_checkpoint(checkpoint, path)
+
+    fabric.strategy.checkpoint_io = SlowIO()
+    fabric.save("a.pt", {{"x": 1}}, blocking=False)
+    if rank in {failing}:
+        raise ValueError("broken")
+    fabric.barrier()
+    """
+    result = launched_by(launcher, script)
+    assert result.returncode == 1
+    assert "ValueError: broken" in result.stderr
+    assert torch.load(programs.folder / "a.pt") == {"x": 1}
+    assert not list(programs.folder.glob(".a.pt*"))
 
 
 def test_a_rank_that_is_still_busy_finishes_and_its_failure_counts(launched_by):

@@ -8,16 +8,19 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing import parent_process, util
 from typing import Any
 
 from torch.distributed import DistNetworkError, DistStoreError
 
 from lightning.fabric.checkpoint.saving import Peers, Prepared, SaveOptions, save
 from lightning.fabric.checkpoint.snapshot import Snapshot
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
 from lightning.fabric.utilities.ranks import all_or_none
 from lightning.fabric.utilities.types import _PATH
 
 _LAST_WORDS = timedelta(seconds=10)
+_PATIENCE = 2  # seconds until somebody who ends a process is told what it waits for
 
 
 class StorePeers:
@@ -127,6 +130,8 @@ class Saver:
             return
         with all_or_none(peers, f"copying the state for {os.fspath(target)!r}"):
             self._detach(prepared)
+            if _is_local_file_protocol(target):  # wherever the process will be when it is written
+                target = _local_path(target).absolute()
 
         def job() -> None:
             try:
@@ -156,13 +161,17 @@ class Background:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._at_end_of_child: util.Finalize | None = None
 
     def start(self, job: Callable[[], None]) -> None:
         """Have ``job`` done, after what is being done; raise what that raised."""
         self.wait()
         # a thread that may live on: the interpreter would wait for others before it calls our handler
         self._thread = threading.Thread(target=self._work, args=(job,), name="fabric-checkpoint", daemon=True)
-        atexit.register(self._at_exit)
+        _started.add(self)
+        atexit.register(self.finish)
+        if parent_process() is not None:  # a process of `multiprocessing` may leave without what atexit has
+            self._at_end_of_child = util.Finalize(None, self._finish_child, exitpriority=100)
         self._thread.start()
 
     def wait(self) -> None:
@@ -170,7 +179,10 @@ class Background:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            atexit.unregister(self._at_exit)
+            _started.discard(self)
+            atexit.unregister(self.finish)
+            if self._at_end_of_child is not None:
+                self._at_end_of_child.cancel()
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -186,11 +198,44 @@ class Background:
         except Exception as error:
             self._error = error
 
-    def _at_exit(self) -> None:
+    def finish(self) -> None:
+        """Wait at the end of a process, and say what went wrong; its exit code will tell."""
+        global _is_lost
+        if self._thread is not None:
+            self._thread.join(_PATIENCE)
+            if self._thread.is_alive():
+                print("Waiting for a checkpoint that is being saved.", file=sys.stderr, flush=True)
         try:
             self.wait()
         except Exception as error:
-            print(f"A checkpoint could not be saved: {type(error).__name__}: {error}", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)  # the only way to a code from here
+            _is_lost = True
+            print(f"A checkpoint could not be saved: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+    def _finish_child(self) -> None:
+        self.finish()
+        _fail_if_lost()
+
+
+_started: set[Background] = set()  # and not waited for yet
+_is_lost = False
+
+
+def wait_for_all() -> None:
+    """Return when nothing is being saved in this process any more; raise what went wrong."""
+    for background in tuple(_started):
+        background.wait()
+
+
+def finish_all() -> None:
+    """The same for a process that ends by an error of its own: what went wrong besides is printed."""
+    for background in tuple(_started):
+        background.finish()
+
+
+@atexit.register  # before what others register later, which runs first
+def _fail_if_lost() -> None:
+    if _is_lost:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # the only way to a code from here
+    return

@@ -15,6 +15,13 @@ LATEST = "latest"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
+def _check_count(name: str, count: Any, advice: str = "") -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name} must be an integer, but got {count!r}.{advice}")
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, but got {count!r}.{advice}")
+
+
 @dataclass(frozen=True)
 class Best:
     """Keep those ``count`` checkpoints whose ``metric`` is the smallest (``"min"``) or largest (``"max"``).
@@ -29,8 +36,7 @@ class Best:
     def __post_init__(self) -> None:
         if self.mode not in ("min", "max"):
             raise ValueError(f"The best {self.metric!r} is the 'min' or the 'max', but got {self.mode!r}.")
-        if self.count < 1:
-            raise ValueError(f"`count` of the best to keep must be at least 1, but got {self.count!r}.")
+        _check_count("`count` of the best to keep", self.count)
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,22 @@ class Entry:
         return self.manifest is not None and self.manifest.time < time
 
 
-def _entry(path: Path, step: int) -> Entry:
+def _entry(path: Path, step: int) -> Entry | None:
+    """None: it has gone meanwhile."""
     try:
         return Entry(path, step, read_manifest(path))
     except DamagedCheckpointError as error:
         return Entry(path, step, None, error)
+    except OSError as error:
+        if not os.path.lexists(path):
+            return None
+        return Entry(path, step, None, unreadable(path, error))
+
+
+def unreadable(path: Path, error: OSError) -> DamagedCheckpointError:
+    """What is wrong with a checkpoint of which the disk, or a link that leads nowhere, gives nothing."""
+    file = os.path.relpath(os.fsdecode(error.filename), path) if error.filename is not None else "."
+    return DamagedCheckpointError(path, "" if file == "." else file, f"cannot be read: {error.strerror or error}")
 
 
 def newest_first(entries: Iterable[Entry], latest: Any) -> list[Entry]:
@@ -61,10 +78,14 @@ def newest_first(entries: Iterable[Entry], latest: Any) -> list[Entry]:
     saved beyond is older than all that it has saved since.
     """
     in_order = sorted(entries, key=lambda entry: entry.step, reverse=True)
-    last = next((entry for entry in in_order if entry.path == latest), None)
-    if last is None or last.manifest is None:
+    last = next((entry.manifest for entry in in_order if entry.path == latest), None)
+    if last is None:
         return in_order
-    left_behind = [each for each in in_order if each.step > last.step and each.was_saved_before(last.manifest.time)]
+    # clocks of machines differ, so what seems to be saved after the last one says nothing
+    times = [(each.step, each.manifest.time) for each in in_order if each.manifest and each.manifest.time <= last.time]
+    left_behind = [
+        each for each in in_order if any(step < each.step and each.was_saved_before(time) for step, time in times)
+    ]
     return [each for each in in_order if each not in left_behind] + left_behind
 
 
@@ -85,8 +106,8 @@ class CheckpointDirectory:
     """
 
     def __init__(self, folder: Path, keep_last: int | None = None, keep_best: Best | None = None) -> None:
-        if keep_last is not None and keep_last < 1:
-            raise ValueError(f"`keep_last` must be at least 1, or None to keep all, but got {keep_last!r}.")
+        if keep_last is not None:
+            _check_count("`keep_last`", keep_last, " Pass None to keep all.")
         self.folder = folder
         self.keep_last = keep_last
         self.keep_best = keep_best
@@ -99,8 +120,9 @@ class CheckpointDirectory:
         """Return what was committed, the newest first, as :func:`newest_first` says."""
         if not self.folder.is_dir():
             return []
-        found = [_entry(path, int(match[1])) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-        return newest_first(found, self.latest())
+        named = [(path, match) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        found = (_entry(path, int(match[1])) for path, match in named)
+        return newest_first([entry for entry in found if entry is not None], self.latest())
 
     def latest(self) -> Path | None:
         """What ``latest`` names, the checkpoint that was committed last; None if it names none that is there."""

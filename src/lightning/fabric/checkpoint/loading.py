@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.fabric.checkpoint.directory import CheckpointDirectory
+from lightning.fabric.checkpoint.directory import CheckpointDirectory, unreadable
 from lightning.fabric.checkpoint.manifest import (
     MANIFEST,
     REMOTE_CONTENT,
     DamagedCheckpointError,
+    NewerCheckpointError,
     read_manifest,
     verify,
 )
@@ -66,12 +67,16 @@ def _newest_good(directory: CheckpointDirectory, digests: bool, peers: Peers) ->
     candidates: list[Path] = peers.share(None if entries is None else [entry.path for entry in entries])
     damages: list[DamagedCheckpointError] = []
     for candidate in candidates:
-        damage = _damage(candidate, digests, peers, needs_manifest=True)
+        damage = _damage(candidate, digests, peers, among_others=True)
         if damage is None:
             for each in damages:
                 rank_zero_warn(f"{each} It is passed over, and {os.fspath(candidate)!r} is loaded.")
             return _content(candidate)
+        if isinstance(damage, NewerCheckpointError):  # to go on from an older one would be to lose what it has
+            raise damage
         damages.append(damage)
+    if not damages:
+        raise FileNotFoundError(f"There is no checkpoint in {os.fspath(path)!r} any more.")
     newest = damages[0]
     file = os.path.join(os.path.basename(newest.path), newest.file).rstrip(os.sep)
     raise DamagedCheckpointError(path, file, f"{newest.what}; and none of its {len(damages)} checkpoints is good")
@@ -85,18 +90,22 @@ def _content(path: Path) -> Path:
     return path / first if not others and REMOTE_CONTENT.fullmatch(first) else path
 
 
-def _damage(path: Path, digests: bool, peers: Peers, needs_manifest: bool = False) -> DamagedCheckpointError | None:
-    """Collective: what any rank finds wrong with the checkpoint, the same on all of them."""
+def _damage(path: Path, digests: bool, peers: Peers, among_others: bool = False) -> DamagedCheckpointError | None:
+    """Collective: what any rank finds wrong with the checkpoint, the same on all of them.
+
+    ``among_others`` it has to have a manifest, and what the disk does not give is as good as damaged.
+    """
     found: Exception | None = None
     try:
         if (manifest := read_manifest(path) if path.exists() else None) is not None:
             verify(path, manifest, digests, is_mine=lambda number: number % peers.size == peers.rank)
-        elif needs_manifest or had_manifest(path):
+        elif among_others or had_manifest(path):
             found = _without_manifest(path)
-    except (DamagedCheckpointError, OSError) as error:
+    except DamagedCheckpointError as error:
         found = error
-    unreadable = found if isinstance(found, OSError) else None
-    peers.raise_on_all(unreadable, f"reading {os.fspath(path)!r}")
+    except OSError as error:
+        found = unreadable(path, error) if among_others else error
+    peers.raise_on_all(found if isinstance(found, OSError) else None, f"reading {os.fspath(path)!r}")
     all_found: list[DamagedCheckpointError | None] | None = peers.gather(found)
     worst: DamagedCheckpointError | None = peers.share(
         None if all_found is None else next((each for each in all_found if each is not None), None)
@@ -105,6 +114,8 @@ def _damage(path: Path, digests: bool, peers: Peers, needs_manifest: bool = Fals
 
 
 def _without_manifest(path: Path) -> DamagedCheckpointError:
+    if not path.exists():
+        return DamagedCheckpointError(path, "", "is gone, or a link that leads nowhere")
     if path.is_dir():
         return DamagedCheckpointError(path, MANIFEST, "is missing")
     return DamagedCheckpointError(path, "", "has no manifest")

@@ -10,6 +10,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,13 +32,25 @@ _COMMENT_SIZE = 2  # the bytes that say how long the comment is, the last ones o
 class DamagedCheckpointError(RuntimeError):
     """A file of a checkpoint is missing, or not what was saved; ``file`` names it."""
 
+    _says = "is damaged"
+
     def __init__(self, path: str | os.PathLike[str], file: str, what: str) -> None:
         self.path, self.file, self.what = os.fspath(path), file, what
         where = f"its file {file!r}" if file else "the file"
-        super().__init__(f"The checkpoint {self.path!r} is damaged: {where} {what}.")
+        super().__init__(f"The checkpoint {self.path!r} {self._says}: {where} {what}.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.file, self.what)
+
+
+class NewerCheckpointError(DamagedCheckpointError):
+    """Nothing is wrong with the checkpoint, but only a later version of the library can read it."""
+
+    _says = "is of a later version"
+
+
+class _LaterFormatError(ValueError):
+    pass
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class Manifest:
             raise ValueError("is no manifest, or is not as it was written")
         values = json.loads(body + b"}")
         if (number := values.pop("fabric_checkpoint")) != _FORMAT:
-            raise ValueError(f"has format {number}, and this version reads format {_FORMAT}")
+            raise _LaterFormatError(f"has format {number}, and this version reads {_FORMAT}: update lightning-fabric")
         files = {_inside(name): FileRecord(**record) for name, record in values.pop("files").items()}
         return cls(files=files, **values)
 
@@ -126,6 +139,11 @@ def _takes_comment(file: Path, size: int) -> bool:
     return end.startswith(_END_OF_ARCHIVE) and end[-_COMMENT_SIZE:] == b"\0\0"
 
 
+def takes_manifest(path: Path) -> bool:
+    """Whether :func:`attach` can put one there."""
+    return path.is_dir() or _takes_comment(path, path.stat().st_size)
+
+
 def attach(path: Path, manifest: Manifest) -> bool:
     """Put the ``manifest`` that :func:`manifest_of` made with the checkpoint; False if such a file can have none."""
     if path.is_dir():
@@ -152,11 +170,10 @@ def read_manifest(path: Path) -> Manifest | None:
     Raises:
         FileNotFoundError: if there is nothing.
         DamagedCheckpointError: if the manifest itself is damaged.
+        NewerCheckpointError: if a later version has saved it.
 
     """
-    if path.is_dir():
-        return _read_file(path)
-    return _read_comment(path)
+    return _read_file(path) if path.is_dir() else _read_comment(path)
 
 
 def _read_file(folder: Path) -> Manifest | None:
@@ -165,7 +182,13 @@ def _read_file(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(folder, MANIFEST, str(error)) from error
+        raise no_manifest(folder, MANIFEST, str(error), error) from error
+
+
+def no_manifest(path: str | os.PathLike[str], file: str, what: str, error: Exception) -> DamagedCheckpointError:
+    """Return what :meth:`Manifest.from_bytes` found wrong."""
+    kind = NewerCheckpointError if isinstance(error, _LaterFormatError) else DamagedCheckpointError
+    return kind(path, file, what)
 
 
 def _read_comment(path: Path) -> Manifest | None:
@@ -193,7 +216,7 @@ def _read_comment(path: Path) -> Manifest | None:
     try:
         manifest = Manifest.from_bytes(comment)
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(path, "", f"has a manifest that {error}") from error
+        raise no_manifest(path, "", f"has a manifest that {error}", error) from error
     if manifest.files[""].size != size - len(comment) - 2:
         raise DamagedCheckpointError(
             path, "", f"has {size - len(comment) - 2} bytes, and had {manifest.files[''].size} when it was saved"
@@ -214,7 +237,19 @@ def verify(
             _compare_size(path, name, record)
     for number, (name, record) in enumerate(manifest.files.items()):
         if checksums and is_mine(number) and record.checksum is not None and is_known(record.checksum):
-            _compare_checksum(path, name, record)
+            with _naming(path / name if name else path):
+                _compare_checksum(path, name, record)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """An error of the disk names the file, as one that comes from reading does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(file)
+        raise
 
 
 def _compare_size(path: Path, name: str, record: FileRecord) -> None:

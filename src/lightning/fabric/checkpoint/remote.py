@@ -28,7 +28,9 @@ from lightning.fabric.checkpoint.manifest import (
     DamagedCheckpointError,
     FileRecord,
     Manifest,
+    NewerCheckpointError,
     attach,
+    no_manifest,
     read_manifest,
     verify,
 )
@@ -236,7 +238,7 @@ def _manifest_of_folder(place: Remote) -> Manifest | None:
         try:
             return None if data is None else Manifest.from_bytes(data)
         except (ValueError, KeyError, TypeError) as error:
-            raise DamagedCheckpointError(place.url, MANIFEST, str(error)) from error
+            raise no_manifest(place.url, MANIFEST, str(error), error) from error
 
     return _reading(read, place.url)
 
@@ -262,7 +264,7 @@ def _reading(read: Callable[[], Any], url: str) -> Any:
         return retried(read, f"read {url!r}", lasting=(PermissionError,))
     except OSError as error:
         if isinstance(damage := error.__cause__, DamagedCheckpointError):
-            raise DamagedCheckpointError(url, damage.file, damage.what) from error
+            raise type(damage)(url, damage.file, damage.what) from error
         raise
 
 
@@ -306,6 +308,8 @@ def _first_good(url: str, local: Path, peers: Peers, digests: bool) -> Path:
             for damage in damages:
                 rank_zero_warn(f"{damage} It is passed over, and {candidate!r} is loaded.")
             return found
+        if isinstance(found, NewerCheckpointError):
+            raise found
         damages.append(found)
     first = damages[0]
     if candidates == [url]:

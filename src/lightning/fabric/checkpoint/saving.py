@@ -5,6 +5,7 @@ Nothing here knows a strategy: what is written is a :class:`Prepared` checkpoint
 """
 
 import os
+import pickle
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lightning.fabric.checkpoint.manifest import FileRecord, Manifest, files_of, record_of
+from lightning.fabric.checkpoint.manifest import FileRecord, Manifest, files_of, record_of, takes_manifest
 from lightning.fabric.checkpoint.transaction import Transaction
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
 from lightning.fabric.utilities.ranks import Ranks, all_or_none
@@ -126,6 +127,7 @@ class SaveOptions:
         digests: record a checksum of each file.
         durable: what is saved is on the disk when it is committed.
         blocking: return when it is; else as soon as the values may change.
+        needs_manifest: refuse a file that can hold none.
         committed: called on rank 0 right after the commit.
 
     """
@@ -135,6 +137,7 @@ class SaveOptions:
     digests: bool = True
     durable: bool = True
     blocking: bool = True
+    needs_manifest: bool = False
     committed: Callable[[], None] = _nothing_more
 
 
@@ -147,7 +150,7 @@ class _Place(Protocol):
     staged: Path
 
     def begin(self, is_folder: bool) -> None:
-        """On every rank: make room for what is written."""
+        """On rank 0, then on all others: make room for what is written."""
 
     def deliver(self, names: Sequence[str], durable: bool) -> None:
         """On every rank, when it has written: bring these files to where rank 0 can commit them."""
@@ -174,7 +177,8 @@ def save(prepared: Prepared, target: _PATH, options: SaveOptions, peers: Peers, 
         return
     place = _place_for(target, peers)
     try:
-        agreed(peers, doing, lambda: _begin(prepared, place, target))
+        agreed(peers, doing, lambda: _begin(prepared, place, target), on_rank_0=True)
+        agreed(peers, doing, lambda: _begin(prepared, place, target) if peers.rank else None)
         own = agreed(peers, doing, lambda: _write(prepared, place, options, target))
         parts = peers.gather(own) or []
         agreed(
@@ -271,6 +275,12 @@ def _commit(
     staged = place.staged
     with _saying_where(target, staged):
         prepared.finish(staged, [result for result, _ in parts])
+        if options.needs_manifest and not takes_manifest(staged):
+            raise ValueError(
+                f"Cannot save {os.fspath(target)!r}: a checkpoint among others has to have a manifest. A zip archive, "
+                "as `torch.save` makes it, can hold one, but not what the `CheckpointIO` has written. Leave the "
+                "plug-in out, or use `fabric.save`."
+            )
         records = {name: record for _, each in parts for name, record in each.items()}
         # also what rank 0 has just added
         added = {name: record_of(staged, name, options.digests) for name in files_of(staged) if name not in records}
@@ -295,6 +305,8 @@ def _saying_where(target: _PATH, staged: Path | None = None) -> Iterator[None]:
         if error.errno is None:
             raise
         raise OSError(error.errno, f"Cannot save {os.fspath(target)!r}: {error.strerror or error}") from error
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise type(error)(f"Cannot save {os.fspath(target)!r}: {error}") from error
     except RuntimeError as error:
         if type(error) is not RuntimeError:
             raise

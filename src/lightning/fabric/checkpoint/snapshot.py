@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning.fabric.utilities.apply_func import apply_to_collection
 
@@ -27,10 +28,14 @@ class Snapshot:
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Return ``tensor`` in CPU memory of this snapshot; complete after :meth:`end`."""
+        if is_lazy(tensor):
+            return copy.deepcopy(tensor)
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(self.copy(tensor.detach()), requires_grad=tensor.requires_grad)
-        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.device.type == "meta":
-            return tensor.detach().to("cpu", copy=True) if not tensor.is_meta else tensor
+        if tensor.is_meta:
+            return tensor
+        if not _is_plain(tensor):
+            return tensor.detach().clone().cpu()
         tensor = tensor.detach()
         storage = tensor.untyped_storage()
         if storage.nbytes() == 0:
@@ -58,6 +63,15 @@ class Snapshot:
         whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
         target.copy_(whole, non_blocking=pinned)
         return target
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is what its storage, its strides and its dtype say, and nothing more."""
+    return (
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized or tensor.is_nested)
+    )
 
 
 def detached(obj: Any, snapshot_of: Any) -> Any:

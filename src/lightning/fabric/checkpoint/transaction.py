@@ -17,7 +17,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lightning.fabric.checkpoint.manifest import DamagedCheckpointError, Manifest, attach, read_manifest
+from lightning.fabric.checkpoint.manifest import (
+    DamagedCheckpointError,
+    Manifest,
+    NewerCheckpointError,
+    attach,
+    read_manifest,
+)
 
 fcntl: ModuleType | None
 try:
@@ -45,13 +51,24 @@ class Transaction:
         self._lock: int | None = None
 
     def begin(self, is_folder: bool) -> None:
-        """On every rank: make room for what is written to :attr:`staged`."""
+        """Make room for what is written to :attr:`staged`; on that which leads, then on all others.
+
+        Raises:
+            FileNotFoundError: on a rank for which :attr:`target` is another place.
+
+        """
+        if not self._leads:
+            if is_folder and not self.staged.is_dir():
+                raise FileNotFoundError(
+                    errno.ENOENT,
+                    f"rank 0 has begun the folder {str(self.staged)!r}, but here there is none. All ranks write to one "
+                    "folder: give them the same path, on a disk that they share",
+                )
+            return
         self.staged.parent.mkdir(parents=True, exist_ok=True)
         if is_folder:
-            self.staged.mkdir(exist_ok=True)
-        if not self._leads:
-            return
-        if not is_folder:
+            self.staged.mkdir()
+        else:
             self.staged.touch()
         self._lock = _locked(self.staged)
         recover(self.target)
@@ -107,7 +124,12 @@ class Transaction:
 
 
 def _beside(target: Path, role: str, name: str) -> Path:
-    return target.with_name(f".{target.name[:180]}.{name}.{role}")
+    return target.with_name(f".{_short(target.name)}.{name}.{role}")
+
+
+def _short(name: str) -> str:
+    """So that it stays within the 255 bytes that a name can have, with what is added to it."""
+    return os.fsencode(name)[:180].decode(errors="ignore")
 
 
 def _locked(path: Path) -> int | None:
@@ -174,6 +196,8 @@ def recover(target: Path) -> None:
     for former in left_over(target, _FORMER):
         try:
             whole = read_manifest(former) is not None
+        except NewerCheckpointError:
+            whole = True
         except DamagedCheckpointError:
             whole = False
         if whole:
@@ -183,7 +207,7 @@ def recover(target: Path) -> None:
 
 def left_over(target: Path, role: str = _STAGED) -> list[Path]:
     """Return what saves to ``target`` left behind when they were killed, the newest first."""
-    found = list(target.parent.glob(f".{_escaped(target.name[:180])}.????????.{role}"))
+    found = list(target.parent.glob(f".{_escaped(_short(target.name))}.????????.{role}"))
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 

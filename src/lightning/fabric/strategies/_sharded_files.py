@@ -9,7 +9,7 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
+from lightning.fabric.checkpoint.pickling import naming_the_key, warn_of_what_loading_refuses
 from lightning.fabric.checkpoint.safetensors_files import is_safetensors
 from lightning.fabric.checkpoint.saving import Prepared, Written
 from lightning.fabric.checkpoint.snapshot import detached
@@ -106,20 +107,7 @@ def _prepare_file(strategy: ParallelStrategy, state: Mapping[str, Any], filter: 
     with all_or_none(strategy, _PREPARING):
         for key, value in full.items() if strategy.is_global_zero else ():
             _apply_filter(key, filter, value, checkpoint)
-    prepared = strategy._prepared_file(checkpoint if strategy.is_global_zero else None)
-    return replace(prepared, check=_refuse_other_folders)
-
-
-def _refuse_other_folders(path: _PATH) -> None:
-    """Raise if there is a folder at ``path`` that is more than a checkpoint: a file must not take its place."""
-    target = _local_path(path)
-    if not _is_local_file_protocol(path) or not target.is_dir():
-        return
-    if not is_sharded_folder(target) or sharded_folder.foreign_entries(target):
-        raise IsADirectoryError(
-            f"Cannot save a full checkpoint as {str(path)!r}: there is a folder of that name, with other things in "
-            "it than a checkpoint. Choose the path of a file."
-        )
+    return strategy._prepared_file(checkpoint if strategy.is_global_zero else None)
 
 
 def _prepare_folder(strategy: ParallelStrategy, state: Mapping[str, Any]) -> Prepared:
@@ -127,6 +115,8 @@ def _prepare_folder(strategy: ParallelStrategy, state: Mapping[str, Any]) -> Pre
         parts = _Parts.of(strategy, state)
         parts.need_module("Saving shards")
         values, rest = parts.values_to_write(), parts.plain_values()
+        if strategy.is_global_zero:
+            warn_of_what_loading_refuses(rest)
     shards = Shards.plan(values, strategy._peers())
     part = _PartOfFolder(shards, rest if strategy.is_global_zero else None)
     return Prepared(
@@ -148,7 +138,8 @@ class _PartOfFolder:
     def write(self, folder: Path) -> Written:
         files, result = self._shards.write(folder)
         if self._plain is not None:
-            files.append(sharded_folder.write_meta(folder, self._plain))
+            with naming_the_key(self._plain):
+                files.append(sharded_folder.write_meta(folder, self._plain))
         return Written(files, result)
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.serialization import get_crc32_options
 
+from lightning.fabric.checkpoint.pickling import naming_the_key, warn_of_what_loading_refuses
 from lightning.fabric.checkpoint.saving import Prepared, Written
 from lightning.fabric.checkpoint.snapshot import detached
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _local_path
 from lightning.fabric.utilities.compilation import PREFIX, name_without_compilation
+from lightning.fabric.utilities.load import is_sharded_folder
 from lightning.fabric.utilities.types import _PATH
 
 # -- saving
@@ -32,9 +35,11 @@ class SingleFile:
 
     def prepared(self) -> Prepared:
         """Return how it is saved."""
+        if self._checkpoint is not None:
+            warn_of_what_loading_refuses(self._checkpoint)
         if not self._io.to_any_path or self._storage_options is not None:  # it knows what they mean, if anything
             return Prepared(self._write_in_place, in_place=True)
-        return Prepared(self._write, detach=self._detach, check=_refuse_folder)
+        return Prepared(self._write, detach=self._detach, check=refuse_other_folders)
 
     def _write_in_place(self, path: Any) -> Written:
         if self._checkpoint is not None:
@@ -44,16 +49,29 @@ class SingleFile:
     def _write(self, staged: Path) -> Written:
         if self._checkpoint is None:
             return Written()
-        self._io.write_checkpoint(self._checkpoint, staged)
+        with naming_the_key(self._checkpoint):
+            self._io.write_checkpoint(self._checkpoint, staged)
         return Written([""], in_archives=get_crc32_options())
 
     def _detach(self, copy: Callable[[Tensor], Tensor]) -> None:
-        self._checkpoint = detached(self._checkpoint, copy)
+        if self._checkpoint is not None:
+            with naming_the_key(self._checkpoint):
+                self._checkpoint = detached(self._checkpoint, copy)
 
 
-def _refuse_folder(path: _PATH) -> None:
-    if _is_local_file_protocol(path) and _local_path(path).is_dir():
-        raise IsADirectoryError(f"Cannot save a file as {str(path)!r}: there is a folder of that name.")
+def refuse_other_folders(path: _PATH) -> None:
+    """Raise if there is a folder at ``path`` that is more than a checkpoint: a file must not take its place."""
+    if not _is_local_file_protocol(path) or not (folder := _local_path(path)).is_dir():
+        return
+    if is_sharded_folder(folder):
+        from lightning.fabric.utilities.sharded_folder import foreign_entries
+
+        if not foreign_entries(folder):
+            return
+    raise IsADirectoryError(
+        f"Cannot save a file as {str(path)!r}: there is a folder of that name, with other things in it than a "
+        "checkpoint. Choose the path of a file."
+    )
 
 
 # -- loading
@@ -221,6 +239,25 @@ def check_optimizer(optimizer: Optimizer, saved: Any, name: str) -> None:
             f"{type(optimizer).__name__} has {own_sizes}; nothing was changed. "
             "Build the optimizer as it was when the checkpoint was written."
         )
+
+
+_LIKE_THE_PARAMETER = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum"}
+
+
+def check_optimizer_shapes(optimizer: Optimizer, saved: Any, name: str) -> None:
+    """What torch's optimizers keep in the shape of a parameter has the shape of this one's; else ``ValueError``."""
+    if not _loads_like_torch(optimizer) or not isinstance(saved.get("state"), Mapping):
+        return
+    numbers = chain.from_iterable(group["params"] for group in saved.get("param_groups", ()))
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for position, (number, parameter) in enumerate(zip(numbers, parameters, strict=False)):
+        for entry, value in saved["state"].get(number, {}).items():
+            if entry in _LIKE_THE_PARAMETER and isinstance(value, Tensor) and value.shape != parameter.shape:
+                raise ValueError(
+                    f"The checkpoint's state of {name} has {entry!r} of the shape {tuple(value.shape)} for parameter "
+                    f"{position}, which has {tuple(parameter.shape)}; nothing was changed. Give the optimizer its "
+                    "parameters in the order in which it had them when the checkpoint was written."
+                )
 
 
 def _loads_like_torch(optimizer: Optimizer) -> bool:

@@ -30,6 +30,7 @@ from lightning.fabric.strategies._single_file import (
     by_names_of,
     check_module,
     check_optimizer,
+    check_optimizer_shapes,
     is_stateful,
     load_optimizer,
     own_module_state,
@@ -394,12 +395,12 @@ class Strategy(ABC):
         with all_or_none(self, f"saving {os.fspath(path)!r}"):
             self.wait_for_saves()
             prepared = self._prepare_checkpoint(state, storage_options, filter or {})
-            later = self._peers(in_background=True) if not options.blocking else self._peers()
             if not options.blocking and prepared.detach is None:
                 raise NotImplementedError(
                     f"{type(self).__name__} cannot save this while training goes on: what writes it needs all ranks, "
                     "or is not the library's. Use `blocking=True`."
                 )
+        later = self._peers(in_background=not options.blocking)
         self._saver.save(prepared, path, options, self._peers(), later, strategy=type(self).__name__)
 
     def _prepare_checkpoint(
@@ -513,6 +514,7 @@ class Strategy(ABC):
             check_module(self._module_with_state(obj), saved, strict, name)
         elif isinstance(obj, Optimizer):
             check_optimizer(obj, saved, name)
+            check_optimizer_shapes(obj, saved, name)
 
     def _restore(self, obj: Any, saved: Any, strict: bool, mapped: bool) -> bool:
         """Load ``saved`` into ``obj``; False if ``obj`` is a plain value."""

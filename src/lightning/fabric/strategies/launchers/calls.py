@@ -84,6 +84,7 @@ def run_call(call: Callable[[], Any], folder: Path, rank: int, result: Path | No
     """
     try:
         value = _value_of(call)
+        wait_for_saves()
         if result is not None:
             save(value, result)
     except BaseException as error:
@@ -102,10 +103,25 @@ def _value_of(call: Callable[[], Any]) -> Any:
 
 
 def _exit_now(error: BaseException) -> NoReturn:
-    """Leave without the interpreter's farewell, which may wait for other ranks."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(report.exit_code_of(error))
+    """Leave without the interpreter's farewell, which may wait for other ranks; saves are waited for."""
+    try:
+        finish_saves()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(report.exit_code_of(error))
+
+
+def wait_for_saves() -> None:
+    """Return when no checkpoint is being written in the background; raise what went wrong with it."""
+    if (background := sys.modules.get("lightning.fabric.checkpoint.background")) is not None:
+        background.wait_for_all()
+
+
+def finish_saves() -> None:
+    """The same for a process that ends by an error: what went wrong besides is printed."""
+    if (background := sys.modules.get("lightning.fabric.checkpoint.background")) is not None:
+        background.finish_all()
 
 
 def destroy_process_group() -> None:

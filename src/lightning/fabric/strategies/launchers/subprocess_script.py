@@ -166,8 +166,9 @@ class _FirstRank:
         if os.getpid() != self._pid:  # a fork that the script has made
             self._previous_hook(kind, error, trace)
             return
-        self._take_over()
         report.write_error(self._ranks.directory, self._rank, error.with_traceback(trace))
+        calls.finish_saves()  # for which the other ranks have to be there; if one is gone, `_watch` ends the waiting
+        self._take_over()
         if isinstance(error, KeyboardInterrupt):
             self._ranks.interrupt()
         _, failures = self._end_others()
