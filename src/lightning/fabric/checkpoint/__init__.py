@@ -4,6 +4,7 @@
 * ``manifest``: what a committed checkpoint contains, and whether it still does
 * ``transaction``: stage, commit: a path holds a whole checkpoint, the old one or the new one, at any time
 * ``remote``: the same behind a URL, where nothing can be renamed
+* ``pickling``: what of a state pickles, and what loading reads back by default
 * ``saving``: one save by several ranks; ``background`` and ``snapshot``: while training goes on
 * ``loading``: what is to be read, verified
 * ``directory``: many of them, the latest good one, and which are kept
