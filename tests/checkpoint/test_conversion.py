@@ -359,6 +359,16 @@ class TestTarget:
             convert(saved / "whole", tmp_path / "data", overwrite=True)
         assert (tmp_path / "data" / "precious").exists()
 
+    @pytest.mark.parametrize("source", ["parts", "hf"])
+    def test_no_file_takes_the_place_of_a_folder_with_other_things(self, saved, tmp_path, source):
+        shutil.copytree(saved / source, tmp_path / "run.safetensors")
+        (tmp_path / "run.safetensors" / "logs").mkdir()
+        before = sorted(tmp_path.rglob("*"))
+        for format in ("torch", "safetensors"):
+            with pytest.raises(IsADirectoryError, match="has 'logs' in it, which is no part of a checkpoint"):
+                convert(saved / "whole", tmp_path / "run.safetensors", format, overwrite=True)
+        assert sorted(tmp_path.rglob("*")) == before
+
     def test_a_write_that_fails_leaves_what_was_there(self, saved, tmp_path, monkeypatch):
         target = convert(saved / "whole", tmp_path / "c").path
 

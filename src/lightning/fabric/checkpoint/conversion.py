@@ -75,6 +75,7 @@ def convert(
     Raises:
         FileNotFoundError: if there is nothing at ``source``.
         FileExistsError: if something is at ``target``, unless it is a checkpoint and ``overwrite``.
+        IsADirectoryError: if a file is to replace a folder that has other things in it than a checkpoint.
         DamagedCheckpointError: if ``source`` is not as it was saved.
         ValueError: if arguments do not go together; if ``source`` has not what the form needs.
         pickle.UnpicklingError: if it holds what ``weights_only`` refuses.
@@ -83,7 +84,7 @@ def convert(
     if format not in get_args(Format):
         raise ValueError(f"`format` must be one of {list(get_args(Format))}, but got {format!r}.")
     limit = _shard_size(target, format, max_shard_size)
-    _check_target(target, overwrite)
+    _check_target(target, overwrite, is_folder=limit is not None or format == "sharded")
     # an index of safetensors files has its manifest beside it
     index = _local_path(source) if str(source).endswith(".index.json") and is_safetensors(source) else None
     with opened(source if index is None else index.parent, True, OneRank()) as found:
@@ -269,16 +270,27 @@ def _save(form: _Form, target: _PATH, facts: Manifest) -> None:
     save(prepared, target, options, OneRank(), strategy=facts.strategy)
 
 
-def _check_target(target: _PATH, overwrite: bool) -> None:
+def _check_target(target: _PATH, overwrite: bool, is_folder: bool) -> None:
     if not _is_local_file_protocol(target):
         exists = get_filesystem(target).exists(str(target))
     else:
         local = _local_path(target)
         exists = os.path.lexists(local)
-        if overwrite and local.is_dir() and not _is_checkpoint(local):
-            raise FileExistsError(f"The folder {str(target)!r} holds no checkpoint, so it is not replaced by one.")
+        if overwrite and local.is_dir():
+            _check_folder(local, is_folder)
     if exists and not overwrite:
         raise FileExistsError(f"{str(target)!r} exists. Delete it, choose another path, or say `overwrite`.")
+
+
+def _check_folder(target: Path, is_folder: bool) -> None:
+    """Raise if it must not be replaced: by anything, or by a file."""
+    if not _is_checkpoint(target):
+        raise FileExistsError(f"The folder {str(target)!r} holds no checkpoint, so it is not replaced by one.")
+    if not is_folder and (foreign := _foreign(target)):
+        raise IsADirectoryError(
+            f"The folder {str(target)!r} has {foreign[0].name!r} in it, which is no part of a checkpoint, so no file "
+            "takes its place. Choose the path of a file."
+        )
 
 
 def _is_checkpoint(folder: Path) -> bool:
