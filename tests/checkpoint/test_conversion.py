@@ -340,12 +340,42 @@ class TestTarget:
         assert {file.name for file in target.iterdir()} == {"model.safetensors", "manifest.json"}
         assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
-    def test_keeps_what_belongs_to_others_but_no_part_of_a_checkpoint(self, saved, tmp_path):
+    @pytest.mark.parametrize("has_manifest", [True, False])
+    @pytest.mark.parametrize(("source", "format"), [("whole", "safetensors"), ("parts", "sharded")])
+    def test_keeps_what_belongs_to_others_but_no_part_of_a_checkpoint(
+        self, saved, tmp_path, source, format, has_manifest
+    ):
         target = convert(saved / "hf", tmp_path / "c", "safetensors", max_shard_size=100).path
-        (target / "config.json").write_text("{}")
-        (target / "old.safetensors").touch()
-        convert(saved / "whole", target, "safetensors", overwrite=True)
-        assert {file.name for file in target.iterdir()} == {"model.safetensors", "manifest.json", "config.json"}
+        if not has_manifest:
+            (target / "manifest.json").unlink()
+        others = ("config.json", "lora.safetensors")
+        for name in others:
+            (target / name).write_text(name)
+        convert(saved / source, target, format, overwrite=True)
+        assert {file.name for file in target.iterdir()} == {*read_manifest(target).files, "manifest.json", *others}
+        assert (target / "lora.safetensors").read_text() == "lora.safetensors"
+        assert not list(target.glob("model-*"))
+
+    def test_keeps_weights_beside_shards(self, saved, tmp_path):
+        target = shutil.copytree(saved / "parts", tmp_path / "c")
+        (target / "lora.safetensors").touch()
+        (target / "old.safetensors.index.json").touch()
+        convert(saved / "parts", target, "sharded", overwrite=True)
+        assert (target / "lora.safetensors").exists()
+        with pytest.raises(FileExistsError, match="the index 'old.safetensors.index.json' of other weights, which"):
+            convert(saved / "parts", target, "safetensors", overwrite=True)
+        (target / "old.safetensors.index.json").unlink()
+        convert(saved / "parts", target, "safetensors", overwrite=True)
+        assert {file.name for file in target.iterdir()} == {"model.safetensors", "manifest.json", "lora.safetensors"}
+
+    @pytest.mark.parametrize("text", ["{", '{"weight_map": {"w": "../w.safetensors"}}'])
+    def test_of_an_index_that_is_damaged_only_what_surely_belongs_to_it_is_replaced(self, saved, tmp_path, text):
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / "model.safetensors.index.json").write_text(text)
+        (tmp_path / "c" / "lora.safetensors").touch()
+        convert(saved / "whole", tmp_path / "c", "safetensors", overwrite=True)
+        names = {file.name for file in (tmp_path / "c").iterdir()}
+        assert names == {"model.safetensors", "manifest.json", "lora.safetensors"}
 
     def test_may_be_the_source(self, saved, tmp_path):
         shutil.copytree(saved / "parts", tmp_path / "c")

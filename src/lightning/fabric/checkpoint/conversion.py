@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.checkpoint.contents import Contents, Sharded, open_contents
 from lightning.fabric.checkpoint.loading import opened
 from lightning.fabric.checkpoint.manifest import MANIFEST, DamagedCheckpointError, Manifest, read_manifest
-from lightning.fabric.checkpoint.safetensors_files import is_part, is_safetensors, write_safetensors
+from lightning.fabric.checkpoint.safetensors_files import is_index, is_safetensors, names_of_parts, write_safetensors
 from lightning.fabric.checkpoint.saving import OneRank, Prepared, SaveOptions, Written, save
 from lightning.fabric.checkpoint.sizes import size_in_bytes
 from lightning.fabric.utilities import sharded_folder
@@ -84,7 +84,7 @@ def convert(
     if format not in get_args(Format):
         raise ValueError(f"`format` must be one of {list(get_args(Format))}, but got {format!r}.")
     limit = _shard_size(target, format, max_shard_size)
-    _check_target(target, overwrite, is_folder=limit is not None or format == "sharded")
+    _check_target(target, overwrite, format, is_folder=limit is not None or format == "sharded")
     # an index of safetensors files has its manifest beside it
     index = _local_path(source) if str(source).endswith(".index.json") and is_safetensors(source) else None
     with opened(source if index is None else index.parent, True, OneRank()) as found:
@@ -270,26 +270,32 @@ def _save(form: _Form, target: _PATH, facts: Manifest) -> None:
     save(prepared, target, options, OneRank(), strategy=facts.strategy)
 
 
-def _check_target(target: _PATH, overwrite: bool, is_folder: bool) -> None:
+def _check_target(target: _PATH, overwrite: bool, format: str, is_folder: bool) -> None:
     if not _is_local_file_protocol(target):
         exists = get_filesystem(target).exists(str(target))
     else:
         local = _local_path(target)
         exists = os.path.lexists(local)
         if overwrite and local.is_dir():
-            _check_folder(local, is_folder)
+            _check_folder(local, format, is_folder)
     if exists and not overwrite:
         raise FileExistsError(f"{str(target)!r} exists. Delete it, choose another path, or say `overwrite`.")
 
 
-def _check_folder(target: Path, is_folder: bool) -> None:
-    """Raise if it must not be replaced: by anything, or by a file."""
+def _check_folder(target: Path, format: str, is_folder: bool) -> None:
+    """Raise if it must not be replaced: by anything, or by this form."""
     if not _is_checkpoint(target):
         raise FileExistsError(f"The folder {str(target)!r} holds no checkpoint, so it is not replaced by one.")
-    if not is_folder and (foreign := _foreign(target)):
+    foreign = [entry.name for entry in _foreign(target)]
+    if not is_folder and foreign:
         raise IsADirectoryError(
-            f"The folder {str(target)!r} has {foreign[0].name!r} in it, which is no part of a checkpoint, so no file "
-            "takes its place. Choose the path of a file."
+            f"The folder {str(target)!r} has {foreign[0]!r} in it, which is no part of a checkpoint, so no file takes "
+            "its place. Choose the path of a file."
+        )
+    if format == "safetensors" and (indices := [name for name in foreign if is_index(name)]):
+        raise FileExistsError(
+            f"The folder {str(target)!r} has the index {indices[0]!r} of other weights, which would be read in place "
+            "of what is written. Choose another path."
         )
 
 
@@ -306,8 +312,11 @@ def _foreign(former: Path) -> list[Path]:
     except DamagedCheckpointError:
         manifest = None
     own = {MANIFEST, *(name.split("/")[0] for name in (manifest.files if manifest else ()))}
+    if is_safetensors(former):
+        own |= names_of_parts(former)
+    is_sharded = is_sharded_folder(former)
     return [
         entry
         for entry in former.iterdir()
-        if entry.name not in own and not _SHARDED_FILE.fullmatch(entry.name) and not is_part(entry.name)
+        if entry.name not in own and not (is_sharded and _SHARDED_FILE.fullmatch(entry.name))
     ]

@@ -37,9 +37,23 @@ def is_safetensors(path: _PATH) -> bool:
     return local.is_file() and (_FILE.fullmatch(local.name) is not None or _begins_as_one(local))
 
 
-def is_part(name: str) -> bool:
-    """Return whether a file of this name in a folder may be a part of such a checkpoint."""
-    return _FILE.fullmatch(name) is not None
+def is_index(name: str) -> bool:
+    """Return whether a file of this name in a folder is an index of safetensors files."""
+    return name.endswith(_INDEX_SUFFIX)
+
+
+def names_of_parts(folder: Path) -> set[str]:
+    """Return the names of what in ``folder`` belongs to the weights that are read of it; not those in folders of it."""
+    try:
+        index = _index_of(folder)
+    except ValueError:  # there are several
+        return {_WEIGHTS}
+    if index is None:
+        return {_WEIGHTS}
+    try:
+        return {_WEIGHTS, index.name, *_files_in(index)}
+    except (RuntimeError, ValueError):  # it is damaged
+        return {_WEIGHTS, index.name}
 
 
 def _indices(folder: Path) -> list[Path]:
@@ -78,7 +92,7 @@ def read_safetensors(path: _PATH) -> dict[str, Tensor]:
 
 def _index_of(path: Path) -> Path | None:
     if not path.is_dir():
-        return path if path.name.endswith(_INDEX_SUFFIX) else None
+        return path if is_index(path.name) else None
     found = _indices(path)
     if len(found) < 2:
         return found[0] if found else None
