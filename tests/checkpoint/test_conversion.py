@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from lightning.fabric import Fabric
 from lightning.fabric.checkpoint.comparison import differences
@@ -140,6 +141,20 @@ class TestToOneFile:
     def test_of_torchs_own_folder_without_plain_values(self, saved, tmp_path):
         done = convert(saved / "dcp", tmp_path / "c.pt")
         assert torch.load(done.path, weights_only=True).keys() == {"model"}
+
+    def test_of_a_flat_folder_that_does_not_say_where_values_were(self, saved, tmp_path):
+        state = torch.load(convert(saved / "parts", tmp_path / "c.pt").path, weights_only=True)
+        model, optimizer = state["model"], state["optimizer"]
+        flat = {f"model.{name}": value for name, value in model.items()}
+        for number, entries in optimizer["state"].items():
+            flat |= {f"optimizer.state.{number}.{entry}": value for entry, value in entries.items()}
+        flat |= {"optimizer.param_groups": optimizer["param_groups"]}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            planner = DefaultSavePlanner(flatten_state_dict=False)
+            dcp.save(flat, checkpoint_id=tmp_path / "flat", planner=planner, no_dist=True)
+        found = torch.load(convert(tmp_path / "flat", tmp_path / "d.pt").path, weights_only=True)
+        assert found["optimizer"]["state"]["0"].keys() == optimizer["state"][0].keys()
 
 
 class TestToSafetensors:

@@ -441,7 +441,8 @@ def test_a_filter_chooses_among_full_tensors(tmp_path: Path) -> None:
 
 def _foreign(folder: str) -> None:
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     strategy = _joined(2)
     state = _trained(2, "fsdp", seed=1, steps=2, net=Simple)
@@ -461,6 +462,13 @@ def _foreign(folder: str) -> None:
     }
     for name, content in everything.items():
         dcp.save(content, checkpoint_id=f"{folder}/{name}")
+    flat = _with_flat_optimizer(model, optimizer)
+    everything["flat optimizer"] = everything["without places"] = flat
+    dcp.save(flat, checkpoint_id=f"{folder}/flat optimizer")
+    dcp.save(flat, checkpoint_id=f"{folder}/without places", planner=DefaultSavePlanner(flatten_state_dict=False))
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    by_parameter = get_optimizer_state_dict(model, optimizer, options=options)
+    dcp.save({"model": model.state_dict(), "optimizer": by_parameter}, checkpoint_id=f"{folder}/groups by parameter")
     if strategy.is_global_zero:
         torch.save({"epoch": 3}, f"{folder}/with meta.pt/meta.pt")
     strategy.barrier()
@@ -469,13 +477,15 @@ def _foreign(folder: str) -> None:
         for layout in ("fsdp", "plain"):
             loaded = _trained(2, layout, seed=5, steps=1, net=Simple)
             keys = [key for key in ("model", "optimizer", "epoch", "counter", "rng") if key in {*content, "epoch"}]
-            wanted = {key: loaded[key] for key in keys} | ({"model": loaded["model"]} if name == "flat" else {})
+            wanted = {key: loaded[key] for key in keys} | {"model": loaded["model"]}
+            if name in ("flat optimizer", "without places"):
+                wanted["optimizer"] = loaded["optimizer"]
             remainder = files.load_checkpoint(strategy, f"{folder}/{name}", wanted, in_parts=layout == "fsdp")
             assert remainder == ({"unasked": [1, 2]} if name == "nested" else {})
             assert wanted["epoch"] == 3
             full = _full(loaded)
             assert _differences(full["model"], expected["model"]) == [], (name, layout)
-            if "optimizer" in content:
+            if "optimizer" in wanted:
                 assert _differences(full["optimizer"], expected["optimizer"]) == [], (name, layout)
             if name == "nested":
                 assert loaded["counter"].value == 7
@@ -484,10 +494,28 @@ def _foreign(folder: str) -> None:
         files.load_checkpoint(strategy, f"{folder}/nested", {"model": model, "lacking": 0})
     with pytest.raises(RuntimeError, match='Missing key.*"more.weight"'):
         files.load_checkpoint(strategy, f"{folder}/flat", {"model": _with_more(2)})
+    with pytest.raises(ValueError, match="says neither of which parameter nor of which group it is"):
+        files.load_checkpoint(strategy, f"{folder}/groups by parameter", {"model": model, "optimizer": optimizer})
     fewer = torch.optim.AdamW(list(model.parameters())[:2])
     for name in ("nested", "by number"):
         with pytest.raises(ValueError, match="nothing was changed"):
             files.load_checkpoint(strategy, f"{folder}/{name}", {"model": model, "optimizer": fewer})
+
+
+def _with_flat_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    state = get_optimizer_state_dict(model, optimizer)
+    return {
+        **{f"model.{name}": value for name, value in model.state_dict().items()},
+        **{
+            f"optimizer.state.{name}.{entry}": value
+            for name, entries in state["state"].items()
+            for entry, value in entries.items()
+        },
+        "optimizer.param_groups": state["param_groups"],
+        "epoch": 3,
+    }
 
 
 def _with_more(processes: int) -> nn.Module:

@@ -683,6 +683,7 @@ def _prepare_from_folder(
 def _check_keys(folder: ShardedFolder, parts: _Parts, strict: bool) -> _Parts:
     """Return the parts that the folder has; raise where keys or shapes do not fit."""
     folder.split_names(parts.modules)
+    folder.split_optimizers(parts.optimizers)
     keys = folder.keys()
     stateful = [key for key, module in parts.modules.items() if module.state_dict()]
     _validate_keys_for_strict_loading([*stateful, *parts.optimizers, *parts.rest], keys, strict)
@@ -753,9 +754,18 @@ def _blank_state(
     for name, place in folder.below(key):
         if place[:1] == ("state",):
             stored = folder.blank(name, "meta")
-            parameter = parameters[number_of[str(place[1])]]
+            parameter = parameters[_number(name, place, number_of)]
             blanks[name] = None if stored is None else _blank_like(stored, _layout(stored, parameter))
     return blanks
+
+
+def _number(name: str, place: Place, number_of: Mapping[str, int]) -> int:
+    if (parameter := str(place[1])) not in number_of:
+        raise ValueError(
+            f"The checkpoint has {name!r}, the state of a parameter {parameter!r} that is in none of the optimizer's "
+            f"groups; these have {list(number_of)[:10]}."
+        )
+    return number_of[parameter]
 
 
 def _blank_like(stored: Tensor, like: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -203,6 +203,8 @@ class ShardedFolder:
         known: dict[str, Any] = index.planner_data or {}
         self.paths: dict[str, Place] = {name: known.get(name) or tuple(name.split(".", 1)) for name in self.stored}
         self.meta = self._read_meta()
+        for key in {path[0] for path in self.paths.values() if path[1:2] == ("param_groups",)} if not known else ():
+            self._split_optimizer(str(key))
 
     def _check_index(self) -> None:
         """Raise if some part of a tensor is nowhere: reading would leave what was there before."""
@@ -233,6 +235,27 @@ class ShardedFolder:
                 if str(first).startswith(f"{key}."):
                     self.paths[name] = (key, str(first)[len(key) + 1 :], *rest)
 
+    def split_optimizers(self, keys: Collection[str]) -> None:
+        """Take what lies under names such as ``state.weight.exp_avg``, in what was flat, as parts of the optimizers.
+
+        Raises:
+            ValueError: if a name says neither of which parameter nor of which group it is.
+
+        """
+        self.split_names(keys)
+        for key in keys:
+            self._split_optimizer(key)
+            for name, place in self.below(key):
+                if place and str(place[0]).startswith(("state.", "param_groups.")):
+                    raise ValueError(
+                        f"The checkpoint has a value {name!r} of an optimizer, and such a name says neither of which "
+                        "parameter nor of which group it is. Save the optimizer's `state_dict()`, with its groups."
+                    )
+
+    def _split_optimizer(self, key: str) -> None:
+        for name, place in self.below(key):
+            self.paths[name] = (key, *_place_in_optimizer(place))
+
     def keys(self) -> set[str]:
         """Return the keys of the state."""
         return {*(str(path[0]) for path in self.paths.values()), *self.meta}
@@ -242,9 +265,9 @@ class ShardedFolder:
         plain = {name for name, stored in self.stored.items() if isinstance(stored, BytesStorageMetadata)}
         return {name for name in plain if self.paths[name] == (name,)}
 
-    def below(self, key: str) -> Iterator[tuple[str, Place]]:
-        """Yield the name of each value of the state's entry ``key``, and where it is in that entry."""
-        return ((name, path[1:]) for name, path in self.paths.items() if path[0] == key)
+    def below(self, key: str) -> list[tuple[str, Place]]:
+        """Return the name of each value of the state's entry ``key``, and where it is in that entry."""
+        return [(name, path[1:]) for name, path in self.paths.items() if path[0] == key]
 
     def blank(self, name: str, device: torch.device | str = "cpu") -> Tensor | None:
         """Return an uninitialised tensor to read ``name`` into; None if it is no tensor."""
@@ -278,6 +301,16 @@ class ShardedFolder:
         if isinstance(error, pickle.UnpicklingError):
             return _refused(self.folder, error)
         return RuntimeError(f"The checkpoint {str(self.folder)!r} is damaged: {type(error).__name__}: {error}")
+
+
+def _place_in_optimizer(place: Place) -> Place:
+    """Return where a value with names such as ``state.weight.exp_avg`` was; ``place`` if they do not tell."""
+    names, rest = ".".join(map(str, place[:1])), place[1:]
+    if match := re.fullmatch(r"param_groups\.(\d+)(?:\.(.+))?", names):
+        return ("param_groups", int(match[1]), *filter(None, [match[2]]), *rest)
+    if match := re.fullmatch(r"state\.(.+)" if rest else r"state\.(.+)\.(.+)", names):
+        return ("state", *match.groups(), *rest)
+    return place
 
 
 def _refused(path: Path, error: Exception) -> pickle.UnpicklingError:
