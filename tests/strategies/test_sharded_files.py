@@ -945,25 +945,55 @@ def _a_part_is_gone(index: Path) -> None:
     index.write_bytes(pickle.dumps(known))
 
 
+def _outside(index: Path) -> None:
+    known = pickle.loads(index.read_bytes())
+    next(iter(known.storage_data.values())).relative_path = "../other.distcp"
+    index.write_bytes(pickle.dumps(known))
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
 
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[1] ^= 1
+    path.write_bytes(data)
+
+
+def _other(path: Path) -> None:
+    torch.save([1], path)
+
+
 @pytest.mark.parametrize(
-    ("file", "damage"),
+    ("file", "damage", "what"),
     [
-        ("__1_0.distcp", Path.unlink),
-        ("__1_0.distcp", _cut),
-        (".metadata", _cut),
-        (".metadata", _a_part_is_gone),
+        ("__1_0.distcp", Path.unlink, "is missing."),
+        ("__1_0.distcp", _cut, "cannot be read: "),
+        ("__1_0.distcp", _flip, "cannot be read: UnpicklingError: Unsupported operand"),
+        (".metadata", _cut, "cannot be read: UnpicklingError: pickle data was truncated."),
+        (".metadata", _empty, "cannot be read: EOFError: Ran out of input."),
+        (".metadata", _other, "cannot be read: "),
+        (".metadata", _a_part_is_gone, "has 25 of the 50 numbers of 'model.up.weight'."),
+        (".metadata", _outside, "names the file '../other.distcp', which is not inside of the checkpoint."),
+        ("meta.pt", _cut, "cannot be read: RuntimeError: PytorchStreamReader failed"),
+        ("meta.pt", _empty, "cannot be read: EOFError."),
+        ("meta.pt", _other, "holds list, no dict."),
     ],
 )
-def test_damage_is_told_on_every_rank(saved: Path, tmp_path: Path, file: str, damage: Callable[[Path], None]) -> None:
+def test_damage_is_told_on_every_rank(
+    saved: Path, tmp_path: Path, file: str, damage: Callable[[Path], None], what: str
+) -> None:
     folder = shutil.copytree(saved / "fsdp/new/sharded", tmp_path / "c")
     damage(folder / file)
     for answer in on_ranks(2, _try_to_load, str(folder), None):
         assert answer.startswith("RuntimeError")
-        assert f"The checkpoint '{folder}' is damaged" in answer
+        assert f"The checkpoint '{folder}' is damaged: its file '{file}' {what}" in answer
+        assert "weights_only" not in answer
 
 
 # -- full states

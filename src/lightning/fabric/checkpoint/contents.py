@@ -1,7 +1,6 @@
 """What a checkpoint of any form holds: opened, with tensors that are read when they are used."""
 
 import os
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -52,7 +51,7 @@ def _read_file(path: Path, weights_only: bool | None) -> Any:
     except OSError:
         raise
     except Exception as error:  # of what is no such file, unpickling may raise anything
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+        if sharded_folder.is_refusal(error):
             raise sharded_folder._refused(path, error) from error
         raise RuntimeError(
             f"The file {str(path)!r} is no checkpoint that can be read here, or is damaged: "
