@@ -114,7 +114,8 @@ def _add_diff(commands: _Commands) -> None:
     parser = commands.add_parser(
         "diff",
         help="in what two checkpoints differ",
-        description="Compare two checkpoints, of any forms, value by value.",
+        description="Compare two checkpoints, of any forms, value by value, after verifying them. Of a folder of "
+        "checkpoints, it is the newest good one.",
         epilog="The exit code is 0 if they are equal, 1 if they differ, 2 if they cannot be compared.",
     )
     parser.add_argument("first", metavar="A")

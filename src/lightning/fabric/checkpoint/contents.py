@@ -3,19 +3,41 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lightning.fabric.checkpoint.loading import opened
+from lightning.fabric.checkpoint.manifest import Manifest, read_manifest
 from lightning.fabric.checkpoint.safetensors_files import is_safetensors, read_safetensors
+from lightning.fabric.checkpoint.saving import OneRank
 from lightning.fabric.utilities import sharded_folder
-from lightning.fabric.utilities.cloud_io import _load
+from lightning.fabric.utilities.cloud_io import _load, _local_path
 from lightning.fabric.utilities.load import is_sharded_folder
 from lightning.fabric.utilities.sharded_folder import Place, ShardedFolder
+from lightning.fabric.utilities.types import _PATH
 
 Leaves = dict[Place, Callable[[], Any]]  # what reads each value that is no container
+
+
+@contextmanager
+def verified_contents(path: _PATH, weights_only: bool | None = None) -> Iterator[tuple["Contents", Manifest | None]]:
+    """A context with what :func:`open_contents` opens, compared with its manifest; and that, if it has one.
+
+    Of a folder of checkpoints it is the newest good one. What is not on a local disk is copied there.
+
+    Raises:
+        DamagedCheckpointError: if it is not as it was saved.
+
+    """
+    # an index of safetensors files has its manifest beside it
+    index = _local_path(path) if str(path).endswith(".index.json") and is_safetensors(path) else None
+    with opened(path if index is None else index.parent, True, OneRank()) as found:
+        manifest = read_manifest(_local_path(found))
+        yield open_contents(index or _local_path(found), weights_only), manifest
 
 
 def open_contents(path: str | os.PathLike[str], weights_only: bool | None = None) -> "Contents":

@@ -9,8 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from lightning.fabric.checkpoint.contents import Contents, Sharded, open_contents
-from lightning.fabric.checkpoint.loading import opened
+from lightning.fabric.checkpoint.contents import Contents, Sharded, verified_contents
 from lightning.fabric.checkpoint.manifest import MANIFEST, DamagedCheckpointError, Manifest, read_manifest
 from lightning.fabric.checkpoint.safetensors_files import is_index, is_safetensors, names_of_parts, write_safetensors
 from lightning.fabric.checkpoint.saving import OneRank, Prepared, SaveOptions, Written, save
@@ -85,11 +84,7 @@ def convert(
         raise ValueError(f"`format` must be one of {list(get_args(Format))}, but got {format!r}.")
     limit = _shard_size(target, format, max_shard_size)
     _check_target(target, overwrite, format, is_folder=limit is not None or format == "sharded")
-    # an index of safetensors files has its manifest beside it
-    index = _local_path(source) if str(source).endswith(".index.json") and is_safetensors(source) else None
-    with opened(source if index is None else index.parent, True, OneRank()) as found:
-        manifest = read_manifest(_local_path(found))
-        contents = open_contents(index or _local_path(found), weights_only)
+    with verified_contents(source, weights_only) as (contents, manifest):
         form = _FORMS[format](contents, key, limit)
         _save(form, target, manifest or Manifest({}))
     return Converted(target, form.left_out, form.is_folder or format == "torch", manifest is not None)
