@@ -397,6 +397,45 @@ def _bare(folder: str) -> None:
         assert _differences(_flat({key: loaded[key] for key in keys}), _flat({key: state[key] for key in keys})) == []
 
 
+def _bare_folder(folder: str) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+    strategy = _joined(2)
+    expected = _trained(2, "fsdp", seed=1, steps=2, net=Simple)["model"]
+    dcp.save(expected.state_dict(), checkpoint_id=f"{folder}/bare")
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    dcp.save(expected.state_dict(), checkpoint_id=f"{folder}/without places", planner=planner)
+    pair = _sharded_pair()
+    dcp.save(pair.state_dict(), checkpoint_id=f"{folder}/pair")
+    dcp.save({"model": pair.state_dict()}, checkpoint_id=f"{folder}/nested")
+    for layout in ("fsdp", "plain"):
+        for name in ("bare", "without places"):
+            model = _trained(2, layout, seed=5, steps=1, net=Simple)["model"]
+            assert files.load_checkpoint(strategy, f"{folder}/{name}", model, in_parts=layout == "fsdp") == {}
+            full = (files.full_module_state(module, rank_zero_only=False) for module in (model, expected))
+            assert _differences(*full) == []
+    before = _flat({"pair": pair})
+    for wrong, text in (
+        (_pair_with(more=nn.Linear(1, 1)), 'Missing key.*"more.weight"'),
+        (_pair_with(up=nn.Linear(4, 5)), r'size mismatch for "up.weight": the checkpoint has \(5, 3\)'),
+        (nn.Linear(1, 1), 'Unexpected key.*"up.weight"'),
+    ):
+        with pytest.raises(RuntimeError, match=f"(?s)loading state_dict for .*nothing was changed.*{text}"):
+            files.load_checkpoint(strategy, f"{folder}/pair", wrong)
+    with pytest.raises(ValueError, match=r"a state with the keys \['model'\], not the bare state dict .* Use `load`"):
+        files.load_checkpoint(strategy, f"{folder}/nested", pair)
+    with pytest.raises(ValueError, match="not the bare state dict of a module"):
+        files.load_checkpoint(strategy, f"{folder}/pair", _sgd(pair))
+    with pytest.raises(KeyError, match=r"contains \['model'\], but .* holds the bare .* use `load_raw`"):
+        files.load_checkpoint(strategy, f"{folder}/pair", {"model": pair})
+    assert _differences(_flat({"pair": pair}), before) == []
+
+
+def test_a_bare_folder_is_loaded_into_one_module(tmp_path: Path) -> None:
+    on_ranks(2, _bare_folder, str(tmp_path))
+
+
 def test_a_bare_state_dict_is_loaded_into_one_object(tmp_path: Path) -> None:
     on_ranks(2, _bare, str(tmp_path))
 
@@ -545,7 +584,7 @@ def test_a_folder_is_loaded_in_one_process_without_a_group(saved: Path) -> None:
         assert remainder.keys() == {"rng"}
         with pytest.raises(ValueError, match="that is in no module of the state"):
             strategy.load_checkpoint(path, {"optimizer": state["optimizer"]})
-        with pytest.raises(ValueError, match="not a bare state dict"):
+        with pytest.raises(ValueError, match="not the bare state dict of a module"):
             strategy.load_checkpoint(path, state["model"])
         with pytest.raises(KeyError, match="a key 'hop' that does not exist"):
             strategy.load_checkpoint(path, {"model": state["model"], "hop": 0})
@@ -966,7 +1005,8 @@ def _flip(path: Path) -> None:
 
 
 def _other(path: Path) -> None:
-    torch.save([1], path)
+    with path.open("wb") as file:
+        torch.save([1], file)
 
 
 @pytest.mark.parametrize(

@@ -167,8 +167,7 @@ class Sharded(Contents):
 
     @property
     def is_bare(self) -> bool:
-        tensors_alone = all(self._is_tensor(name) for name in self.folder.stored)
-        return tensors_alone and not self.folder.meta and all(len(place) == 1 for place in self.folder.paths.values())
+        return self.folder.is_bare
 
     def _is_tensor(self, name: str) -> bool:
         return self.folder.blank(name, "meta") is not None

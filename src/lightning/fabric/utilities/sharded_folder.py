@@ -202,6 +202,7 @@ class ShardedFolder:
         index = self._reader.index
         self.stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = index.state_dict_metadata
         known: dict[str, Any] = index.planner_data or {}
+        self._tells_places = bool(known)
         self.paths: dict[str, Place] = {name: known.get(name) or tuple(name.split(".", 1)) for name in self.stored}
         self.meta = self._read_meta()
         for key in {path[0] for path in self.paths.values() if path[1:2] == ("param_groups",)} if not known else ():
@@ -220,6 +221,16 @@ class ShardedFolder:
         except Exception as error:  # of what is damaged, unpickling may raise anything
             raise _explained(self.folder, _METADATA_FILENAME, error) from error
         return meta
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether there are tensors by name and nothing else, as in the state dict of one module."""
+        tensors_alone = not any(isinstance(stored, BytesStorageMetadata) for stored in self.stored.values())
+        return tensors_alone and not self.meta and all(len(place) == 1 for place in self.paths.values())
+
+    def as_entry(self, key: str) -> None:
+        """Take all of what is bare as the entry ``key`` of a state."""
+        self.paths = {name: (key, *(place if self._tells_places else (name,))) for name, place in self.paths.items()}
 
     def split_names(self, keys: Iterable[str]) -> None:
         """Take what lies under names such as ``model.weight``, in a state that was flat, as parts of these ``keys``."""
