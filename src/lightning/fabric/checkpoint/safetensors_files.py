@@ -22,6 +22,7 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _WEIGHTS = f"model{_SUFFIX}"
 _INDEX = f"model{_INDEX_SUFFIX}"
 _FILE = re.compile(r".+\.safetensors(\.index\.json)?")
+_WRITER = "format"  # the key in a file's metadata
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
 
 
@@ -144,8 +145,9 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             metadata: dict[str, str] = file.metadata() or {}
     except library.SafetensorError as error:
         raise RuntimeError(f"The safetensors file {str(path)!r} is damaged: {error}") from error
-    # as `safetensors.torch.save_model` notes which names share a tensor
-    return tensors, {name: tensors[kept] for name, kept in metadata.items() if name not in tensors and kept in tensors}
+    # as `safetensors.torch.save_model` notes which names share a tensor; `format` says what has written the file
+    ties = {name: kept for name, kept in metadata.items() if name != _WRITER and name not in tensors}
+    return tensors, {name: tensors[kept] for name, kept in ties.items() if kept in tensors}
 
 
 # -- writing
@@ -200,10 +202,10 @@ def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     for name, tensor in state.items():
         # what has no elements has no place in memory either
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
-        if place in first:
+        if place in first and name != _WRITER:  # which would be taken for something else
             ties[name] = first[place]
         else:
-            first[place] = name
+            first.setdefault(place, name)
             kept[name] = tensor
     return kept, ties
 
@@ -230,7 +232,7 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor], ties: Mapping[str, st
     own: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         own[name] = _apart(tensor, own.values())
-    metadata = {name: kept for name, kept in ties.items() if kept in tensors} | {"format": "pt"}
+    metadata = {name: kept for name, kept in ties.items() if kept in tensors} | {_WRITER: "pt"}
     try:
         save_file(own, path, metadata=metadata)
     except (_library().SafetensorError, KeyError) as error:
