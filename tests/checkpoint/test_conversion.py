@@ -1,15 +1,17 @@
 """Checkpoints of any form become checkpoints of another form, with a manifest, and load as what they were."""
 
 import json
+import os
 import pickle
 import shutil
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
@@ -413,6 +415,29 @@ class TestTarget:
             with pytest.raises(IsADirectoryError, match="has 'logs' in it, which is no part of a checkpoint"):
                 convert(saved / "whole", tmp_path / "run.safetensors", format, overwrite=True)
         assert sorted(tmp_path.rglob("*")) == before
+
+    @pytest.mark.parametrize("format", ["torch", "safetensors", "sharded"])
+    def test_a_file_that_is_no_checkpoint_is_never_replaced(self, saved, tmp_path, format):
+        (tmp_path / "text").write_text("mine")
+        (tmp_path / "a.json").write_text('{"weight_map": {}}')
+        with zipfile.ZipFile(tmp_path / "a.docx", "w") as archive:
+            archive.writestr("word/document.xml", "mine")
+        (tmp_path / "pickle").write_bytes(pickle.dumps([1]))
+        os.mkfifo(tmp_path / "pipe")
+        for path in list(tmp_path.iterdir()):
+            with pytest.raises(FileExistsError, match=f"{path.name}' is no checkpoint, as far as can be seen"):
+                convert(saved / "whole", path, format, overwrite=True)
+        assert (tmp_path / "text").read_text() == "mine"
+
+    def test_any_checkpoint_in_a_file_is_replaced_and_what_is_empty(self, saved, tmp_path):
+        torch.save([1], tmp_path / "new.pt")
+        torch.save([1], tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+        save_file({"w": torch.ones(1)}, tmp_path / "w")
+        shutil.copy(saved / "whole", tmp_path / "cut")
+        os.truncate(tmp_path / "cut", 500)
+        (tmp_path / "empty").touch()
+        for path in list(tmp_path.iterdir()):
+            assert _loads(convert(saved / "whole", path, overwrite=True).path)
 
     def test_a_write_that_fails_leaves_what_was_there(self, saved, tmp_path, monkeypatch):
         target = convert(saved / "whole", tmp_path / "c").path

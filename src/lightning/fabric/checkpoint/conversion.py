@@ -1,6 +1,7 @@
 """A checkpoint of any form, made into one of another form."""
 
 import os
+import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +9,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch.serialization import MAGIC_NUMBER
 
 from lightning.fabric.checkpoint.contents import Contents, Sharded, verified_contents
 from lightning.fabric.checkpoint.manifest import MANIFEST, DamagedCheckpointError, Manifest, read_manifest
-from lightning.fabric.checkpoint.safetensors_files import is_index, is_safetensors, names_of_parts, write_safetensors
+from lightning.fabric.checkpoint.safetensors_files import (
+    begins_as_safetensors,
+    is_index,
+    is_safetensors,
+    names_of_parts,
+    write_safetensors,
+)
 from lightning.fabric.checkpoint.saving import OneRank, Prepared, SaveOptions, Written, save
 from lightning.fabric.checkpoint.sizes import size_in_bytes
 from lightning.fabric.utilities import sharded_folder
@@ -22,6 +30,9 @@ from lightning.fabric.utilities.types import _PATH
 Format = Literal["torch", "safetensors", "sharded"]
 _SHARD_SIZE = "5GB"
 _MODEL = "model"
+_ARCHIVE = b"PK\x03\x04"
+_OLD_FORMAT = pickle.dumps(MAGIC_NUMBER, protocol=2)  # of torch.save before it wrote archives
+_ENOUGH_TO_SEE = 1024  # bytes
 _SHARDED_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|meta\.pt")
 
 
@@ -273,6 +284,11 @@ def _check_target(target: _PATH, overwrite: bool, format: str, is_folder: bool) 
         exists = os.path.lexists(local)
         if overwrite and local.is_dir():
             _check_folder(local, format, is_folder)
+        elif overwrite and local.exists() and not _is_checkpoint_file(local):
+            raise FileExistsError(
+                f"{str(target)!r} is no checkpoint, as far as can be seen, so it is not replaced by one. Delete it, or "
+                "choose another path."
+            )
     if exists and not overwrite:
         raise FileExistsError(f"{str(target)!r} exists. Delete it, choose another path, or say `overwrite`.")
 
@@ -298,6 +314,16 @@ def _is_checkpoint(folder: Path) -> bool:
     if (folder / MANIFEST).is_file() or is_sharded_folder(folder) or is_safetensors(folder):
         return True
     return not any(folder.iterdir())
+
+
+def _is_checkpoint_file(path: Path) -> bool:
+    """Whether it is one, though perhaps damaged; what is empty is none, and nothing is lost with it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        begin = file.read(_ENOUGH_TO_SEE)
+    is_archive = begin.startswith(_ARCHIVE) and b"/data.pkl" in begin  # the first thing in what torch saves
+    return not begin or is_archive or begin.startswith(_OLD_FORMAT) or begins_as_safetensors(path)
 
 
 def _foreign(former: Path) -> list[Path]:

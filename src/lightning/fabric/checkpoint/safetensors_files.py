@@ -35,7 +35,7 @@ def is_safetensors(path: _PATH) -> bool:
     local = _local_path(path)
     if local.is_dir():
         return not (local / ".metadata").exists() and (bool(_indices(local)) or (local / _WEIGHTS).is_file())
-    return local.is_file() and (_FILE.fullmatch(local.name) is not None or _begins_as_one(local))
+    return local.is_file() and (_FILE.fullmatch(local.name) is not None or begins_as_safetensors(local))
 
 
 def is_index(name: str) -> bool:
@@ -61,7 +61,8 @@ def _indices(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
 
 
-def _begins_as_one(path: Path) -> bool:
+def begins_as_safetensors(path: Path) -> bool:
+    """Return whether a file of any name may be a safetensors file."""
     with path.open("rb") as file:
         begin = file.read(9)
     length = int.from_bytes(begin[:8], "little")
