@@ -525,6 +525,17 @@ class TestDifferences:
             "everything: max difference 2, in 2 of 3145728 values"
         ]
 
+    def test_of_groups_that_a_folder_has_as_one_value(self, tmp_path):
+        groups = [{"lr": 0.5, "params": ["a", "b"]}, {"lr": 1.0, "params": ["c"]}, {"lr": 2.0, "params": []}]
+        flat = {"model.a": torch.ones(1), "optimizer.state.b.step": torch.ones(1), "optimizer.param_groups": groups}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            planner = DefaultSavePlanner(flatten_state_dict=False)
+            dcp.save(flat, checkpoint_id=tmp_path / "folder", planner=planner, no_dist=True)
+        done = convert(tmp_path / "folder", tmp_path / "c.pt")
+        assert torch.load(done.path, weights_only=True)["optimizer"]["param_groups"][1]["params"] == [2]
+        assert list(differences(tmp_path / "folder", done.path)) == []
+
     def test_an_entry_that_is_missing_is_named(self, saved):
         with pytest.raises(KeyError, match="There is no entry 'net'; the checkpoint has .*'model'"):
             list(differences(saved / "parts", saved / "whole", key="net"))

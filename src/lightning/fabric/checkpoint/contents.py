@@ -223,13 +223,12 @@ class Sharded(Contents):
                 place = (*place[:2], number_of.get(str(place[2]), place[2]), *place[3:])
             if name not in objects:
                 found[place] = partial(self._read_one, name)
-            elif number_of and place[-1] == "params":
-                found |= {
-                    (*place, *inner): _giving(value)
-                    for inner, value in _flat([number_of[each] for each in objects[name]])
-                }
             else:
-                found |= {(*place, *inner): _giving(value) for inner, value in _flat(objects[name])}
+                inside = {(*place, *inner): value for inner, value in _flat(objects[name])}
+                found |= {
+                    whole: _giving(number_of[value] if number_of and _is_parameter(whole) else value)
+                    for whole, value in inside.items()
+                }
         for key, number_of in numbers.items():
             if number_of and not any(place[:2] == (key, "state") for place in found):
                 found[key, "state"] = dict
@@ -241,6 +240,11 @@ class Sharded(Contents):
         groups = {place: value for place, value in inside.items() if place[0] == "param_groups"}
         names = sharded_folder.named_groups(sharded_folder.nested(groups)) if groups else None
         return {name: number for number, name in enumerate(name for group in names or () for name in group)}
+
+
+def _is_parameter(place: Place) -> bool:
+    """Whether an optimizer has the name of a parameter there: key, "param_groups", group, "params", number."""
+    return place[1:2] == ("param_groups",) and place[3:4] == ("params",) and len(place) == 5
 
 
 def _flat(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
