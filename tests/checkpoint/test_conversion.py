@@ -118,6 +118,10 @@ def _check(path):
     verify(path, read_manifest(path))
 
 
+def _raise(error):
+    raise error
+
+
 class TestToOneFile:
     @pytest.mark.parametrize("source", ["parts", "whole", "old"])
     def test_holds_everything(self, saved, tmp_path, source):
@@ -278,6 +282,12 @@ class TestToShards:
         ):
             convert(tmp_path / "two", tmp_path / "new", "sharded")
         assert [file.name for file in tmp_path.iterdir()] == ["two"]
+
+    @pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.ones(3, device="meta")])
+    def test_a_tensor_that_shards_cannot_hold_is_named(self, tmp_path, odd):
+        torch.save({"w": torch.ones(1), "x": odd}, tmp_path / "file")
+        with pytest.raises(ValueError, match=r"these are sparse, quantized or meta: \['model.x'\]"):
+            convert(tmp_path / "file", tmp_path / "new", "sharded")
 
 
 class TestSource:
@@ -507,6 +517,11 @@ class TestDifferences:
                 {"x": torch.full((2,), 1 + 2j), "y": torch.eye(3)},
                 ["x: max difference 2, in 2 of 2 values"],
             ),
+            (
+                {"x": torch.ones(2, device="meta"), "y": torch.ones(2, device="meta")},
+                {"x": torch.ones(2, device="meta", dtype=torch.half), "y": torch.ones(2)},
+                ["x: float32 / float16", "y: no values / values"],
+            ),
             (torch.ones(1), torch.zeros(1), ["everything: max difference 1, in 1 of 1 values"]),
         ],
     )
@@ -524,6 +539,25 @@ class TestDifferences:
         assert list(differences(tmp_path / "a", tmp_path / "b")) == [
             "everything: max difference 2, in 2 of 3145728 values"
         ]
+
+    @pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning", "ignore:TypedStorage:UserWarning")
+    def test_of_quantized_tensors_are_those_of_their_values(self, tmp_path):
+        for name, last in (("a", 2.0), ("b", 3.0)):
+            tensor = torch.quantize_per_tensor(torch.tensor([1.0, last]), 0.5, 0, torch.qint8)
+            torch.save({"x": tensor}, tmp_path / name)
+        assert list(differences(tmp_path / "a", tmp_path / "b")) == ["x: max difference 1, in 1 of 2 values"]
+        for format in ("sharded", "safetensors"):
+            with pytest.raises(ValueError, match=r"sparse, quantized or meta: \['(model.)?x'\]"):
+                convert(tmp_path / "a", tmp_path / "c", format)
+
+    def test_a_tensor_that_cannot_be_compared_is_named(self, tmp_path):
+        torch.save({"x": torch.ones(2)}, tmp_path / "a")
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(ValueError, match="'x' is of a kind that cannot be compared: no"),
+        ):
+            patch.setattr("lightning.fabric.checkpoint.comparison._pieces", lambda tensor: _raise(RuntimeError("no")))
+            list(differences(tmp_path / "a", tmp_path / "a"))
 
     def test_of_groups_that_a_folder_has_as_one_value(self, tmp_path):
         groups = [{"lr": 0.5, "params": ["a", "b"]}, {"lr": 1.0, "params": ["c"]}, {"lr": 2.0, "params": []}]

@@ -108,8 +108,9 @@ class TestWriting:
         ("value", "error", "message"),
         [
             (3, TypeError, r"holds tensors by name and nothing else, but the state has {'x': 'int'}"),
-            (torch.eye(3).to_sparse(), ValueError, r"these are sparse or meta: \['x'\]"),
-            (torch.empty(3, device="meta"), ValueError, r"these are sparse or meta: \['x'\]"),
+            (torch.eye(3).to_sparse(), ValueError, r"these are sparse, quantized or meta: \['x'\]"),
+            (torch.empty(3, device="meta"), ValueError, r"these are sparse, quantized or meta: \['x'\]"),
+            (torch.ones(2, dtype=torch.complex128), ValueError, r"hold torch.complex128, which is .* of \['x'\]"),
         ],
     )
     def test_what_no_such_file_holds_is_named(self, tmp_path, value, error, message):

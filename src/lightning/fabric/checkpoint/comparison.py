@@ -65,7 +65,12 @@ def _difference(one: Leaves, other: Leaves, place: Place) -> str:
     if a.shape != b.shape:
         return f"{_what(a)} / {_what(b)}"
     texts = [] if a.dtype == b.dtype else [f"{_dtype(a)} / {_dtype(b)}"]
-    count, largest = _distance(a, b)
+    if a.is_meta != b.is_meta:
+        texts.append(f"{'no values' if a.is_meta else 'values'} / {'no values' if b.is_meta else 'values'}")
+    try:
+        count, largest = (0, 0.0) if a.is_meta or b.is_meta else _distance(a, b)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{_name(place)!r} is of a kind that cannot be compared: {error}") from error
     if count:
         texts.append(f"max difference {largest:.3g}, in {count} of {a.numel()} values")
     return ", ".join(texts)
@@ -97,6 +102,8 @@ def _distance(a: Tensor, b: Tensor) -> tuple[int, float]:
 
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
     dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
     return dense.detach().reshape(-1).split(_PIECE)
 

@@ -190,9 +190,15 @@ def _check(state: Mapping[str, Any]) -> None:
     others = {name: type(value).__name__ for name, value in state.items() if not isinstance(value, Tensor)}
     if others:
         raise TypeError(f"A safetensors file holds tensors by name and nothing else, but the state has {others}.")
-    odd = [name for name, value in state.items() if value.layout is not torch.strided or value.is_meta]
+    odd = [
+        name
+        for name, value in state.items()
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta
+    ]
     if odd:
-        raise ValueError(f"A safetensors file holds dense tensors with values, but these are sparse or meta: {odd}.")
+        raise ValueError(
+            f"A safetensors file holds dense tensors with values, but these are sparse, quantized or meta: {odd}."
+        )
 
 
 def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -236,7 +242,10 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor], ties: Mapping[str, st
     metadata = {name: kept for name, kept in ties.items() if kept in tensors} | {_WRITER: "pt"}
     try:
         save_file(own, path, metadata=metadata)
-    except (_library().SafetensorError, KeyError) as error:
+    except KeyError as error:  # it knows no name for a dtype
+        names = [name for name, tensor in tensors.items() if tensor.dtype in error.args]
+        raise ValueError(f"A safetensors file cannot hold {error}, which is the dtype of {names[:10]}.") from error
+    except _library().SafetensorError as error:
         kinds: Sequence[str] = sorted({str(tensor.dtype) for tensor in tensors.values()})
         raise ValueError(f"Cannot write {str(path)!r} with tensors of {kinds}: {error!r}") from error
 

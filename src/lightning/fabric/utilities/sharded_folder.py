@@ -133,6 +133,10 @@ def _flat(path: Place) -> str:
     return ".".join(map(str, path))
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+
+
 class _SavePlanner(DefaultSavePlanner):
     """Takes values that are flat already, and remembers where they are in the nested state."""
 
@@ -151,6 +155,12 @@ class _SavePlanner(DefaultSavePlanner):
                 "the beginning of another one."
             )
         self.state_dict = {_flat(path): value for path, value in values.items()}
+        if odd := [
+            name for name, value in self.state_dict.items() if isinstance(value, Tensor) and not _is_dense(value)
+        ]:
+            raise ValueError(
+                f"A sharded checkpoint holds dense tensors with values, but these are sparse, quantized or meta: {odd}."
+            )
         self.mappings = paths
         return self.create_local_plan()
 
