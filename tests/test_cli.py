@@ -191,7 +191,8 @@ def test_consolidate_reaches_its_command(monkeypatch, option):
     monkeypatch.setattr(consolidation, "consolidate_checkpoint", lambda *call: calls.append(call) or "merged.pt")
     assert cli.main(["consolidate", "folder"]) == 0
     assert cli.main(["consolidate", "folder", option, "merged.pt"]) == 0
-    assert calls == [("folder", None), ("folder", "merged.pt")]
+    assert cli.main(["consolidate", "folder", "--trusted"]) == 0
+    assert calls == [("folder", None, None), ("folder", "merged.pt", None), ("folder", None, False)]
 
 
 def test_consolidate_of_nothing_is_a_message_and_exit_code_1(capsys, tmp_path):

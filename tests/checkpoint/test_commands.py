@@ -217,6 +217,17 @@ class TestDiff:
         run = folder / "run"
         assert _run(capsys, "diff", run / "step-00000001", run / "step-00000020") == (0, ["equal"], [])
 
+    def test_takes_folders_of_checkpoints(self, folder, capsys):
+        assert _run(capsys, "diff", folder / "run", folder / "run" / "step-00000001") == (0, ["equal"], [])
+
+    @pytest.mark.parametrize("name", ["step-00000001", "step-00000020/__0_0.distcp"])
+    def test_damage_is_no_difference(self, folder, capsys, name):
+        _flip(folder / "run" / name)
+        checkpoint = folder / "run" / name.partition("/")[0]
+        code, lines, (error,) = _run(capsys, "diff", folder / "old.pt", checkpoint)
+        assert (code, lines) == (2, [])
+        assert error.startswith(f"fabric checkpoint diff: The checkpoint '{checkpoint}' is damaged: ")
+
     def test_different_ends_with_1(self, folder, capsys):
         torch.save({"model": {"w": torch.zeros(4), "b": torch.ones(2)}, "epoch": 4}, folder / "other")
         code, lines, errors = _run(capsys, "diff", folder / "old.pt", folder / "other")

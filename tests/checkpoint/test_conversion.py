@@ -1,16 +1,19 @@
 """Checkpoints of any form become checkpoints of another form, with a manifest, and load as what they were."""
 
 import json
+import os
 import pickle
 import shutil
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from lightning.fabric import Fabric
 from lightning.fabric.checkpoint.comparison import differences
@@ -115,6 +118,10 @@ def _check(path):
     verify(path, read_manifest(path))
 
 
+def _raise(error):
+    raise error
+
+
 class TestToOneFile:
     @pytest.mark.parametrize("source", ["parts", "whole", "old"])
     def test_holds_everything(self, saved, tmp_path, source):
@@ -140,6 +147,20 @@ class TestToOneFile:
     def test_of_torchs_own_folder_without_plain_values(self, saved, tmp_path):
         done = convert(saved / "dcp", tmp_path / "c.pt")
         assert torch.load(done.path, weights_only=True).keys() == {"model"}
+
+    def test_of_a_flat_folder_that_does_not_say_where_values_were(self, saved, tmp_path):
+        state = torch.load(convert(saved / "parts", tmp_path / "c.pt").path, weights_only=True)
+        model, optimizer = state["model"], state["optimizer"]
+        flat = {f"model.{name}": value for name, value in model.items()}
+        for number, entries in optimizer["state"].items():
+            flat |= {f"optimizer.state.{number}.{entry}": value for entry, value in entries.items()}
+        flat |= {"optimizer.param_groups": optimizer["param_groups"]}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            planner = DefaultSavePlanner(flatten_state_dict=False)
+            dcp.save(flat, checkpoint_id=tmp_path / "flat", planner=planner, no_dist=True)
+        found = torch.load(convert(tmp_path / "flat", tmp_path / "d.pt").path, weights_only=True)
+        assert found["optimizer"]["state"]["0"].keys() == optimizer["state"][0].keys()
 
 
 class TestToSafetensors:
@@ -262,6 +283,12 @@ class TestToShards:
             convert(tmp_path / "two", tmp_path / "new", "sharded")
         assert [file.name for file in tmp_path.iterdir()] == ["two"]
 
+    @pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.ones(3, device="meta")])
+    def test_a_tensor_that_shards_cannot_hold_is_named(self, tmp_path, odd):
+        torch.save({"w": torch.ones(1), "x": odd}, tmp_path / "file")
+        with pytest.raises(ValueError, match=r"these are sparse, quantized or meta: \['model.x'\]"):
+            convert(tmp_path / "file", tmp_path / "new", "sharded")
+
 
 class TestSource:
     def test_that_is_damaged_is_refused_by_the_name_of_the_file(self, saved, tmp_path):
@@ -340,12 +367,42 @@ class TestTarget:
         assert {file.name for file in target.iterdir()} == {"model.safetensors", "manifest.json"}
         assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
-    def test_keeps_what_belongs_to_others_but_no_part_of_a_checkpoint(self, saved, tmp_path):
+    @pytest.mark.parametrize("has_manifest", [True, False])
+    @pytest.mark.parametrize(("source", "format"), [("whole", "safetensors"), ("parts", "sharded")])
+    def test_keeps_what_belongs_to_others_but_no_part_of_a_checkpoint(
+        self, saved, tmp_path, source, format, has_manifest
+    ):
         target = convert(saved / "hf", tmp_path / "c", "safetensors", max_shard_size=100).path
-        (target / "config.json").write_text("{}")
-        (target / "old.safetensors").touch()
-        convert(saved / "whole", target, "safetensors", overwrite=True)
-        assert {file.name for file in target.iterdir()} == {"model.safetensors", "manifest.json", "config.json"}
+        if not has_manifest:
+            (target / "manifest.json").unlink()
+        others = ("config.json", "lora.safetensors")
+        for name in others:
+            (target / name).write_text(name)
+        convert(saved / source, target, format, overwrite=True)
+        assert {file.name for file in target.iterdir()} == {*read_manifest(target).files, "manifest.json", *others}
+        assert (target / "lora.safetensors").read_text() == "lora.safetensors"
+        assert not list(target.glob("model-*"))
+
+    def test_keeps_weights_beside_shards(self, saved, tmp_path):
+        target = shutil.copytree(saved / "parts", tmp_path / "c")
+        (target / "lora.safetensors").touch()
+        (target / "old.safetensors.index.json").touch()
+        convert(saved / "parts", target, "sharded", overwrite=True)
+        assert (target / "lora.safetensors").exists()
+        with pytest.raises(FileExistsError, match="the index 'old.safetensors.index.json' of other weights, which"):
+            convert(saved / "parts", target, "safetensors", overwrite=True)
+        (target / "old.safetensors.index.json").unlink()
+        convert(saved / "parts", target, "safetensors", overwrite=True)
+        assert {file.name for file in target.iterdir()} == {"model.safetensors", "manifest.json", "lora.safetensors"}
+
+    @pytest.mark.parametrize("text", ["{", '{"weight_map": {"w": "../w.safetensors"}}'])
+    def test_of_an_index_that_is_damaged_only_what_surely_belongs_to_it_is_replaced(self, saved, tmp_path, text):
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / "model.safetensors.index.json").write_text(text)
+        (tmp_path / "c" / "lora.safetensors").touch()
+        convert(saved / "whole", tmp_path / "c", "safetensors", overwrite=True)
+        names = {file.name for file in (tmp_path / "c").iterdir()}
+        assert names == {"model.safetensors", "manifest.json", "lora.safetensors"}
 
     def test_may_be_the_source(self, saved, tmp_path):
         shutil.copytree(saved / "parts", tmp_path / "c")
@@ -358,6 +415,39 @@ class TestTarget:
         with pytest.raises(FileExistsError, match="data' holds no checkpoint, so it is not replaced"):
             convert(saved / "whole", tmp_path / "data", overwrite=True)
         assert (tmp_path / "data" / "precious").exists()
+
+    @pytest.mark.parametrize("source", ["parts", "hf"])
+    def test_no_file_takes_the_place_of_a_folder_with_other_things(self, saved, tmp_path, source):
+        shutil.copytree(saved / source, tmp_path / "run.safetensors")
+        (tmp_path / "run.safetensors" / "logs").mkdir()
+        before = sorted(tmp_path.rglob("*"))
+        for format in ("torch", "safetensors"):
+            with pytest.raises(IsADirectoryError, match="has 'logs' in it, which is no part of a checkpoint"):
+                convert(saved / "whole", tmp_path / "run.safetensors", format, overwrite=True)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    @pytest.mark.parametrize("format", ["torch", "safetensors", "sharded"])
+    def test_a_file_that_is_no_checkpoint_is_never_replaced(self, saved, tmp_path, format):
+        (tmp_path / "text").write_text("mine")
+        (tmp_path / "a.json").write_text('{"weight_map": {}}')
+        with zipfile.ZipFile(tmp_path / "a.docx", "w") as archive:
+            archive.writestr("word/document.xml", "mine")
+        (tmp_path / "pickle").write_bytes(pickle.dumps([1]))
+        os.mkfifo(tmp_path / "pipe")
+        for path in list(tmp_path.iterdir()):
+            with pytest.raises(FileExistsError, match=f"{path.name}' is no checkpoint, as far as can be seen"):
+                convert(saved / "whole", path, format, overwrite=True)
+        assert (tmp_path / "text").read_text() == "mine"
+
+    def test_any_checkpoint_in_a_file_is_replaced_and_what_is_empty(self, saved, tmp_path):
+        torch.save([1], tmp_path / "new.pt")
+        torch.save([1], tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+        save_file({"w": torch.ones(1)}, tmp_path / "w")
+        shutil.copy(saved / "whole", tmp_path / "cut")
+        os.truncate(tmp_path / "cut", 500)
+        (tmp_path / "empty").touch()
+        for path in list(tmp_path.iterdir()):
+            assert _loads(convert(saved / "whole", path, overwrite=True).path)
 
     def test_a_write_that_fails_leaves_what_was_there(self, saved, tmp_path, monkeypatch):
         target = convert(saved / "whole", tmp_path / "c").path
@@ -427,6 +517,11 @@ class TestDifferences:
                 {"x": torch.full((2,), 1 + 2j), "y": torch.eye(3)},
                 ["x: max difference 2, in 2 of 2 values"],
             ),
+            (
+                {"x": torch.ones(2, device="meta"), "y": torch.ones(2, device="meta")},
+                {"x": torch.ones(2, device="meta", dtype=torch.half), "y": torch.ones(2)},
+                ["x: float32 / float16", "y: no values / values"],
+            ),
             (torch.ones(1), torch.zeros(1), ["everything: max difference 1, in 1 of 1 values"]),
         ],
     )
@@ -444,6 +539,36 @@ class TestDifferences:
         assert list(differences(tmp_path / "a", tmp_path / "b")) == [
             "everything: max difference 2, in 2 of 3145728 values"
         ]
+
+    @pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning", "ignore:TypedStorage:UserWarning")
+    def test_of_quantized_tensors_are_those_of_their_values(self, tmp_path):
+        for name, last in (("a", 2.0), ("b", 3.0)):
+            tensor = torch.quantize_per_tensor(torch.tensor([1.0, last]), 0.5, 0, torch.qint8)
+            torch.save({"x": tensor}, tmp_path / name)
+        assert list(differences(tmp_path / "a", tmp_path / "b")) == ["x: max difference 1, in 1 of 2 values"]
+        for format in ("sharded", "safetensors"):
+            with pytest.raises(ValueError, match=r"sparse, quantized or meta: \['(model.)?x'\]"):
+                convert(tmp_path / "a", tmp_path / "c", format)
+
+    def test_a_tensor_that_cannot_be_compared_is_named(self, tmp_path):
+        torch.save({"x": torch.ones(2)}, tmp_path / "a")
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(ValueError, match="'x' is of a kind that cannot be compared: no"),
+        ):
+            patch.setattr("lightning.fabric.checkpoint.comparison._pieces", lambda tensor: _raise(RuntimeError("no")))
+            list(differences(tmp_path / "a", tmp_path / "a"))
+
+    def test_of_groups_that_a_folder_has_as_one_value(self, tmp_path):
+        groups = [{"lr": 0.5, "params": ["a", "b"]}, {"lr": 1.0, "params": ["c"]}, {"lr": 2.0, "params": []}]
+        flat = {"model.a": torch.ones(1), "optimizer.state.b.step": torch.ones(1), "optimizer.param_groups": groups}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            planner = DefaultSavePlanner(flatten_state_dict=False)
+            dcp.save(flat, checkpoint_id=tmp_path / "folder", planner=planner, no_dist=True)
+        done = convert(tmp_path / "folder", tmp_path / "c.pt")
+        assert torch.load(done.path, weights_only=True)["optimizer"]["param_groups"][1]["params"] == [2]
+        assert list(differences(tmp_path / "folder", done.path)) == []
 
     def test_an_entry_that_is_missing_is_named(self, saved):
         with pytest.raises(KeyError, match="There is no entry 'net'; the checkpoint has .*'model'"):

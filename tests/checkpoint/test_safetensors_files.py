@@ -85,6 +85,14 @@ class TestWriting:
         files = [tmp_path / "w"] if limit is None else tmp_path.glob("w/*.safetensors")
         assert sorted(name for file in files for name in load_file(file)) == ["flat", "in.weight", "mid", "turned"]
 
+    def test_what_says_who_has_written_a_file_is_no_tie(self, tmp_path):
+        save_file({"pt": torch.ones(2)}, tmp_path / "others.safetensors", metadata={"format": "pt"})
+        assert read_safetensors(tmp_path / "others.safetensors").keys() == {"pt"}
+        weight = torch.ones(2)
+        state = {"pt": weight, "format": weight, "other": weight}
+        write_safetensors(state, tmp_path / "w.safetensors")
+        assert _same(read_safetensors(tmp_path / "w.safetensors"), state)
+
     def test_tied_models_load_by_the_package_itself(self, tmp_path):
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         model[1].weight = model[0].weight
@@ -100,8 +108,9 @@ class TestWriting:
         ("value", "error", "message"),
         [
             (3, TypeError, r"holds tensors by name and nothing else, but the state has {'x': 'int'}"),
-            (torch.eye(3).to_sparse(), ValueError, r"these are sparse or meta: \['x'\]"),
-            (torch.empty(3, device="meta"), ValueError, r"these are sparse or meta: \['x'\]"),
+            (torch.eye(3).to_sparse(), ValueError, r"these are sparse, quantized or meta: \['x'\]"),
+            (torch.empty(3, device="meta"), ValueError, r"these are sparse, quantized or meta: \['x'\]"),
+            (torch.ones(2, dtype=torch.complex128), ValueError, r"hold torch.complex128, which is .* of \['x'\]"),
         ],
     )
     def test_what_no_such_file_holds_is_named(self, tmp_path, value, error, message):

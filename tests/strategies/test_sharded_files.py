@@ -397,6 +397,45 @@ def _bare(folder: str) -> None:
         assert _differences(_flat({key: loaded[key] for key in keys}), _flat({key: state[key] for key in keys})) == []
 
 
+def _bare_folder(folder: str) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+    strategy = _joined(2)
+    expected = _trained(2, "fsdp", seed=1, steps=2, net=Simple)["model"]
+    dcp.save(expected.state_dict(), checkpoint_id=f"{folder}/bare")
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    dcp.save(expected.state_dict(), checkpoint_id=f"{folder}/without places", planner=planner)
+    pair = _sharded_pair()
+    dcp.save(pair.state_dict(), checkpoint_id=f"{folder}/pair")
+    dcp.save({"model": pair.state_dict()}, checkpoint_id=f"{folder}/nested")
+    for layout in ("fsdp", "plain"):
+        for name in ("bare", "without places"):
+            model = _trained(2, layout, seed=5, steps=1, net=Simple)["model"]
+            assert files.load_checkpoint(strategy, f"{folder}/{name}", model, in_parts=layout == "fsdp") == {}
+            full = (files.full_module_state(module, rank_zero_only=False) for module in (model, expected))
+            assert _differences(*full) == []
+    before = _flat({"pair": pair})
+    for wrong, text in (
+        (_pair_with(more=nn.Linear(1, 1)), 'Missing key.*"more.weight"'),
+        (_pair_with(up=nn.Linear(4, 5)), r'size mismatch for "up.weight": the checkpoint has \(5, 3\)'),
+        (nn.Linear(1, 1), 'Unexpected key.*"up.weight"'),
+    ):
+        with pytest.raises(RuntimeError, match=f"(?s)loading state_dict for .*nothing was changed.*{text}"):
+            files.load_checkpoint(strategy, f"{folder}/pair", wrong)
+    with pytest.raises(ValueError, match=r"a state with the keys \['model'\], not the bare state dict .* Use `load`"):
+        files.load_checkpoint(strategy, f"{folder}/nested", pair)
+    with pytest.raises(ValueError, match="not the bare state dict of a module"):
+        files.load_checkpoint(strategy, f"{folder}/pair", _sgd(pair))
+    with pytest.raises(KeyError, match=r"contains \['model'\], but .* holds the bare .* use `load_raw`"):
+        files.load_checkpoint(strategy, f"{folder}/pair", {"model": pair})
+    assert _differences(_flat({"pair": pair}), before) == []
+
+
+def test_a_bare_folder_is_loaded_into_one_module(tmp_path: Path) -> None:
+    on_ranks(2, _bare_folder, str(tmp_path))
+
+
 def test_a_bare_state_dict_is_loaded_into_one_object(tmp_path: Path) -> None:
     on_ranks(2, _bare, str(tmp_path))
 
@@ -441,7 +480,8 @@ def test_a_filter_chooses_among_full_tensors(tmp_path: Path) -> None:
 
 def _foreign(folder: str) -> None:
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     strategy = _joined(2)
     state = _trained(2, "fsdp", seed=1, steps=2, net=Simple)
@@ -461,6 +501,13 @@ def _foreign(folder: str) -> None:
     }
     for name, content in everything.items():
         dcp.save(content, checkpoint_id=f"{folder}/{name}")
+    flat = _with_flat_optimizer(model, optimizer)
+    everything["flat optimizer"] = everything["without places"] = flat
+    dcp.save(flat, checkpoint_id=f"{folder}/flat optimizer")
+    dcp.save(flat, checkpoint_id=f"{folder}/without places", planner=DefaultSavePlanner(flatten_state_dict=False))
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    by_parameter = get_optimizer_state_dict(model, optimizer, options=options)
+    dcp.save({"model": model.state_dict(), "optimizer": by_parameter}, checkpoint_id=f"{folder}/groups by parameter")
     if strategy.is_global_zero:
         torch.save({"epoch": 3}, f"{folder}/with meta.pt/meta.pt")
     strategy.barrier()
@@ -469,13 +516,15 @@ def _foreign(folder: str) -> None:
         for layout in ("fsdp", "plain"):
             loaded = _trained(2, layout, seed=5, steps=1, net=Simple)
             keys = [key for key in ("model", "optimizer", "epoch", "counter", "rng") if key in {*content, "epoch"}]
-            wanted = {key: loaded[key] for key in keys} | ({"model": loaded["model"]} if name == "flat" else {})
+            wanted = {key: loaded[key] for key in keys} | {"model": loaded["model"]}
+            if name in ("flat optimizer", "without places"):
+                wanted["optimizer"] = loaded["optimizer"]
             remainder = files.load_checkpoint(strategy, f"{folder}/{name}", wanted, in_parts=layout == "fsdp")
             assert remainder == ({"unasked": [1, 2]} if name == "nested" else {})
             assert wanted["epoch"] == 3
             full = _full(loaded)
             assert _differences(full["model"], expected["model"]) == [], (name, layout)
-            if "optimizer" in content:
+            if "optimizer" in wanted:
                 assert _differences(full["optimizer"], expected["optimizer"]) == [], (name, layout)
             if name == "nested":
                 assert loaded["counter"].value == 7
@@ -484,10 +533,28 @@ def _foreign(folder: str) -> None:
         files.load_checkpoint(strategy, f"{folder}/nested", {"model": model, "lacking": 0})
     with pytest.raises(RuntimeError, match='Missing key.*"more.weight"'):
         files.load_checkpoint(strategy, f"{folder}/flat", {"model": _with_more(2)})
+    with pytest.raises(ValueError, match="says neither of which parameter nor of which group it is"):
+        files.load_checkpoint(strategy, f"{folder}/groups by parameter", {"model": model, "optimizer": optimizer})
     fewer = torch.optim.AdamW(list(model.parameters())[:2])
     for name in ("nested", "by number"):
         with pytest.raises(ValueError, match="nothing was changed"):
             files.load_checkpoint(strategy, f"{folder}/{name}", {"model": model, "optimizer": fewer})
+
+
+def _with_flat_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    state = get_optimizer_state_dict(model, optimizer)
+    return {
+        **{f"model.{name}": value for name, value in model.state_dict().items()},
+        **{
+            f"optimizer.state.{name}.{entry}": value
+            for name, entries in state["state"].items()
+            for entry, value in entries.items()
+        },
+        "optimizer.param_groups": state["param_groups"],
+        "epoch": 3,
+    }
 
 
 def _with_more(processes: int) -> nn.Module:
@@ -517,7 +584,7 @@ def test_a_folder_is_loaded_in_one_process_without_a_group(saved: Path) -> None:
         assert remainder.keys() == {"rng"}
         with pytest.raises(ValueError, match="that is in no module of the state"):
             strategy.load_checkpoint(path, {"optimizer": state["optimizer"]})
-        with pytest.raises(ValueError, match="not a bare state dict"):
+        with pytest.raises(ValueError, match="not the bare state dict of a module"):
             strategy.load_checkpoint(path, state["model"])
         with pytest.raises(KeyError, match="a key 'hop' that does not exist"):
             strategy.load_checkpoint(path, {"model": state["model"], "hop": 0})
@@ -917,25 +984,56 @@ def _a_part_is_gone(index: Path) -> None:
     index.write_bytes(pickle.dumps(known))
 
 
+def _outside(index: Path) -> None:
+    known = pickle.loads(index.read_bytes())
+    next(iter(known.storage_data.values())).relative_path = "../other.distcp"
+    index.write_bytes(pickle.dumps(known))
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
 
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[1] ^= 1
+    path.write_bytes(data)
+
+
+def _other(path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save([1], file)
+
+
 @pytest.mark.parametrize(
-    ("file", "damage"),
+    ("file", "damage", "what"),
     [
-        ("__1_0.distcp", Path.unlink),
-        ("__1_0.distcp", _cut),
-        (".metadata", _cut),
-        (".metadata", _a_part_is_gone),
+        ("__1_0.distcp", Path.unlink, "is missing."),
+        ("__1_0.distcp", _cut, "cannot be read: "),
+        ("__1_0.distcp", _flip, "cannot be read: UnpicklingError: Unsupported operand"),
+        (".metadata", _cut, "cannot be read: UnpicklingError: pickle data was truncated."),
+        (".metadata", _empty, "cannot be read: EOFError: Ran out of input."),
+        (".metadata", _other, "cannot be read: "),
+        (".metadata", _a_part_is_gone, "has 25 of the 50 numbers of 'model.up.weight'."),
+        (".metadata", _outside, "names the file '../other.distcp', which is not inside of the checkpoint."),
+        ("meta.pt", _cut, "cannot be read: RuntimeError: PytorchStreamReader failed"),
+        ("meta.pt", _empty, "cannot be read: EOFError."),
+        ("meta.pt", _other, "holds list, no dict."),
     ],
 )
-def test_damage_is_told_on_every_rank(saved: Path, tmp_path: Path, file: str, damage: Callable[[Path], None]) -> None:
+def test_damage_is_told_on_every_rank(
+    saved: Path, tmp_path: Path, file: str, damage: Callable[[Path], None], what: str
+) -> None:
     folder = shutil.copytree(saved / "fsdp/new/sharded", tmp_path / "c")
     damage(folder / file)
     for answer in on_ranks(2, _try_to_load, str(folder), None):
         assert answer.startswith("RuntimeError")
-        assert f"The checkpoint '{folder}' is damaged" in answer
+        assert f"The checkpoint '{folder}' is damaged: its file '{file}' {what}" in answer
+        assert "weights_only" not in answer
 
 
 # -- full states

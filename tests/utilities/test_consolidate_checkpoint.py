@@ -148,12 +148,26 @@ def test_a_folder_without_plain_values_is_one_of_torchs_own(checkpoint: Path) ->
     assert torch.load(consolidate_checkpoint(checkpoint), weights_only=True).keys() == {"model", "adam", "sgd"}
 
 
-def test_objects_are_merged_if_they_are_trusted(checkpoint: Path) -> None:
+def test_objects_are_merged_if_they_are_trusted(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     torch.save({"where": Path("here")}, checkpoint / "meta.pt")
     _forget_the_manifest(checkpoint)
     assert main([str(checkpoint)]) == 1
+    assert "pass `weights_only=False`. On the command line that is --trusted." in capfd.readouterr().err
     merged = torch.load(consolidate_checkpoint(checkpoint, weights_only=False), weights_only=False)
     assert merged["where"] == Path("here")
+    checkpoint.with_name("c.ckpt.consolidated").unlink()
+    assert main([str(checkpoint), "--trusted"]) == 0
+
+
+def test_paths_may_be_urls_of_files_and_of_nothing_else(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert consolidate_checkpoint(f"file://{checkpoint}") == checkpoint.with_name("c.ckpt.consolidated")
+    assert consolidate_checkpoint(checkpoint, f"file://{tmp_path}/out") == tmp_path / "out"
+    assert main(["memory://bucket/c"]) == 1
+    assert "'memory://bucket/c' is not on this machine. `fabric checkpoint convert" in capfd.readouterr().err
+    assert main([str(checkpoint), "--output-file", "memory://bucket/c"]) == 1
+    assert "`fabric checkpoint convert FOLDER memory://bucket/c` writes" in capfd.readouterr().err
 
 
 def _forget_the_manifest(folder: Path) -> None:
@@ -207,8 +221,8 @@ def _index_of_an_old_one_is_cut(folder: Path) -> None:
         (_output_exists, "c.ckpt.consolidated' exists. Delete it, or choose another path with --output_file"),
         (_shard_is_gone, "c.ckpt' is damaged: its file '__1_0.distcp' is missing"),
         (_index_is_cut, "c.ckpt' is damaged: its file '.metadata' has 50 bytes"),
-        (_shard_of_an_old_one_is_gone, "c.ckpt' is damaged: FileNotFoundError"),
-        (_index_of_an_old_one_is_cut, "c.ckpt' is damaged: its .metadata"),
+        (_shard_of_an_old_one_is_gone, "c.ckpt' is damaged: its file '__1_0.distcp' is missing"),
+        (_index_of_an_old_one_is_cut, "c.ckpt' is damaged: its file '.metadata' cannot be read"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_1(

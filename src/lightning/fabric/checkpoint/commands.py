@@ -38,10 +38,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _complain(command: str, error: BaseException) -> None:
+    print(f"fabric checkpoint {command}: {as_text(error)}", file=sys.stderr)
+
+
+def as_text(error: BaseException) -> str:
+    """Return what is to be told of it on the command line."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if isinstance(error, pickle.UnpicklingError):
-        text += " On the command line that is --trusted."
-    print(f"fabric checkpoint {command}: {text}", file=sys.stderr)
+    return f"{text} On the command line that is --trusted." if isinstance(error, pickle.UnpicklingError) else text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,7 +109,7 @@ def _add_convert(commands: _Commands) -> None:
         help="of a safetensors file in a folder; default 5GB",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint at TARGET")
-    _add_trusted(parser)
+    add_trusted(parser)
     parser.set_defaults(run=_convert)
 
 
@@ -114,17 +117,19 @@ def _add_diff(commands: _Commands) -> None:
     parser = commands.add_parser(
         "diff",
         help="in what two checkpoints differ",
-        description="Compare two checkpoints, of any forms, value by value.",
+        description="Compare two checkpoints, of any forms, value by value, after verifying them. Of a folder of "
+        "checkpoints, it is the newest good one.",
         epilog="The exit code is 0 if they are equal, 1 if they differ, 2 if they cannot be compared.",
     )
     parser.add_argument("first", metavar="A")
     parser.add_argument("second", metavar="B")
     parser.add_argument("--key", help="compare this entry alone; what is a bare state dict is that entry")
-    _add_trusted(parser)
+    add_trusted(parser)
     parser.set_defaults(run=_diff)
 
 
-def _add_trusted(parser: argparse.ArgumentParser) -> None:
+def add_trusted(parser: argparse.ArgumentParser) -> None:
+    """Let a command line say that files may run code."""
     parser.add_argument("--trusted", action="store_true", help="run code that the files may hold (weights_only=False)")
 
 
@@ -135,7 +140,8 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _local(text: str) -> Path:
+def local_path(text: str) -> Path:
+    """Return the path that a text or ``file://`` URL names."""
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Path(text)
@@ -148,7 +154,7 @@ def _local(text: str) -> Path:
 
 
 def _existing(text: str) -> Path:
-    path = _local(text)
+    path = local_path(text)
     if not os.path.lexists(path):
         raise FileNotFoundError(f"There is nothing at {text!r}.")
     return path

@@ -1,6 +1,5 @@
 """In what two checkpoints differ, value by value; one tensor of each is read at a time."""
 
-import os
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -8,37 +7,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning.fabric.checkpoint.contents import Leaves, open_contents
+from lightning.fabric.checkpoint.contents import Leaves, verified_contents
 from lightning.fabric.utilities.sharded_folder import Place
+from lightning.fabric.utilities.types import _PATH
 
 _PIECE = 1 << 20  # elements that are compared at once, in a wider dtype
 _TEXT_LIMIT = 60
 
 
 def differences(
-    first: str | os.PathLike[str],
-    second: str | os.PathLike[str],
+    first: _PATH,
+    second: _PATH,
     key: str | None = None,
     weights_only: bool | None = None,
 ) -> Iterator[str]:
     """Yield a line for each value that only one has, or that is not the same in both; none if they are equal.
 
+    Both are verified first; of a folder of checkpoints, it is the newest good one.
     The checkpoints may be of different forms: the same state saved in a folder and in one file is equal. With ``key``,
     only that entry is compared; what is a bare state dict is that entry itself. Kinds of containers are not compared.
 
     Raises:
         KeyError: if one has no entry ``key``.
+        DamagedCheckpointError: if one is not as it was saved.
 
     """
-    one, other = (
-        contents.leaves() if key is None else contents.part(key)
-        for contents in (open_contents(path, weights_only) for path in (first, second))
-    )
-    yield from (f"{_name(place)}: only in the first, {_what(one[place]())}" for place in one if place not in other)
-    yield from (f"{_name(place)}: only in the second, {_what(other[place]())}" for place in other if place not in one)
-    for place in one:
-        if place in other and (difference := _difference(one, other, place)):
-            yield f"{_name(place)}: {difference}"
+    with verified_contents(first, weights_only) as (a, _), verified_contents(second, weights_only) as (b, _):
+        one, other = (contents.leaves() if key is None else contents.part(key) for contents in (a, b))
+        yield from (f"{_name(place)}: only in the first, {_what(one[place]())}" for place in one if place not in other)
+        yield from (
+            f"{_name(place)}: only in the second, {_what(other[place]())}" for place in other if place not in one
+        )
+        for place in one:
+            if place in other and (difference := _difference(one, other, place)):
+                yield f"{_name(place)}: {difference}"
 
 
 def _name(place: Place) -> str:
@@ -63,7 +65,12 @@ def _difference(one: Leaves, other: Leaves, place: Place) -> str:
     if a.shape != b.shape:
         return f"{_what(a)} / {_what(b)}"
     texts = [] if a.dtype == b.dtype else [f"{_dtype(a)} / {_dtype(b)}"]
-    count, largest = _distance(a, b)
+    if a.is_meta != b.is_meta:
+        texts.append(f"{'no values' if a.is_meta else 'values'} / {'no values' if b.is_meta else 'values'}")
+    try:
+        count, largest = (0, 0.0) if a.is_meta or b.is_meta else _distance(a, b)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{_name(place)!r} is of a kind that cannot be compared: {error}") from error
     if count:
         texts.append(f"max difference {largest:.3g}, in {count} of {a.numel()} values")
     return ", ".join(texts)
@@ -95,6 +102,8 @@ def _distance(a: Tensor, b: Tensor) -> tuple[int, float]:
 
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
     dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
     return dense.detach().reshape(-1).split(_PIECE)
 

@@ -1,7 +1,7 @@
 """Merge a sharded checkpoint, a folder with a file per rank, into one file that any strategy and plain torch load.
 
-    fabric consolidate FOLDER [--output_file PATH]
-    python -m lightning.fabric.utilities.consolidate_checkpoint FOLDER [--output_file PATH]
+    fabric consolidate FOLDER [--output_file PATH] [--trusted]
+    python -m lightning.fabric.utilities.consolidate_checkpoint FOLDER [--output_file PATH] [--trusted]
 
 Torch is not imported before there is something to merge, so that ``--help`` and mistakes answer at once.
 """
@@ -12,6 +12,8 @@ import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from lightning.fabric.checkpoint.commands import add_trusted, as_text, local_path
 
 
 def consolidate_checkpoint(
@@ -33,17 +35,18 @@ def consolidate_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if it holds no sharded checkpoint.
+        ValueError: if it holds no sharded checkpoint; if one of both is not on this machine.
         FileExistsError: if there is something at ``output_file``.
         RuntimeError: if the checkpoint is damaged.
         pickle.UnpicklingError: if it holds what ``weights_only`` refuses.
 
     """
-    output = _check(Path(folder), output_file)
+    local = local_path(os.fspath(folder))
+    output = _check(local, output_file)
 
     from lightning.fabric.checkpoint.conversion import convert
 
-    convert(Path(folder), output, "torch", weights_only=weights_only)
+    convert(local, output, "torch", weights_only=weights_only)
     return output
 
 
@@ -55,10 +58,19 @@ def _check(folder: Path, output_file: str | os.PathLike[str] | None) -> Path:
         hint = "It is a file, and may be consolidated already." if folder.is_file() else "It has no `.metadata`."
         raise ValueError(f"{str(folder)!r} is no sharded checkpoint. {hint} Pass the folder that `fabric.save` wrote.")
     folder = folder.absolute()
-    output = folder.with_name(f"{folder.name}.consolidated") if output_file is None else Path(output_file)
+    output = folder.with_name(f"{folder.name}.consolidated") if output_file is None else _output(os.fspath(output_file))
     if os.path.lexists(output):
         raise FileExistsError(f"{str(output)!r} exists. Delete it, or choose another path with --output_file.")
     return output
+
+
+def _output(text: str) -> Path:
+    try:
+        return local_path(text)
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is not on this machine. `fabric checkpoint convert FOLDER {text}` writes such a file there."
+        ) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,11 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output-file", "--output_file", metavar="PATH", help="the file to write; default FOLDER.consolidated"
     )
+    add_trusted(parser)
     options = parser.parse_args(arguments)
     try:
-        output = consolidate_checkpoint(options.folder, options.output_file)
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        print(f"fabric consolidate: {error}", file=sys.stderr)
+        output = consolidate_checkpoint(options.folder, options.output_file, False if options.trusted else None)
+    except (OSError, ValueError, RuntimeError, ModuleNotFoundError, pickle.UnpicklingError) as error:
+        print(f"fabric consolidate: {as_text(error)}", file=sys.stderr)
         return 1
     print(output)
     return 0

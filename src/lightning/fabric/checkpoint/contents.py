@@ -1,22 +1,43 @@
 """What a checkpoint of any form holds: opened, with tensors that are read when they are used."""
 
 import os
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lightning.fabric.checkpoint.loading import opened
+from lightning.fabric.checkpoint.manifest import Manifest, read_manifest
 from lightning.fabric.checkpoint.safetensors_files import is_safetensors, read_safetensors
+from lightning.fabric.checkpoint.saving import OneRank
 from lightning.fabric.utilities import sharded_folder
-from lightning.fabric.utilities.cloud_io import _load
+from lightning.fabric.utilities.cloud_io import _load, _local_path
 from lightning.fabric.utilities.load import is_sharded_folder
 from lightning.fabric.utilities.sharded_folder import Place, ShardedFolder
+from lightning.fabric.utilities.types import _PATH
 
 Leaves = dict[Place, Callable[[], Any]]  # what reads each value that is no container
+
+
+@contextmanager
+def verified_contents(path: _PATH, weights_only: bool | None = None) -> Iterator[tuple["Contents", Manifest | None]]:
+    """A context with what :func:`open_contents` opens, compared with its manifest; and that, if it has one.
+
+    Of a folder of checkpoints it is the newest good one. What is not on a local disk is copied there.
+
+    Raises:
+        DamagedCheckpointError: if it is not as it was saved.
+
+    """
+    # an index of safetensors files has its manifest beside it
+    index = _local_path(path) if str(path).endswith(".index.json") and is_safetensors(path) else None
+    with opened(path if index is None else index.parent, True, OneRank()) as found:
+        manifest = read_manifest(_local_path(found))
+        yield open_contents(index or _local_path(found), weights_only), manifest
 
 
 def open_contents(path: str | os.PathLike[str], weights_only: bool | None = None) -> "Contents":
@@ -52,7 +73,7 @@ def _read_file(path: Path, weights_only: bool | None) -> Any:
     except OSError:
         raise
     except Exception as error:  # of what is no such file, unpickling may raise anything
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+        if sharded_folder.is_refusal(error):
             raise sharded_folder._refused(path, error) from error
         raise RuntimeError(
             f"The file {str(path)!r} is no checkpoint that can be read here, or is damaged: "
@@ -146,8 +167,7 @@ class Sharded(Contents):
 
     @property
     def is_bare(self) -> bool:
-        tensors_alone = all(self._is_tensor(name) for name in self.folder.stored)
-        return tensors_alone and not self.folder.meta and all(len(place) == 1 for place in self.folder.paths.values())
+        return self.folder.is_bare
 
     def _is_tensor(self, name: str) -> bool:
         return self.folder.blank(name, "meta") is not None
@@ -203,13 +223,12 @@ class Sharded(Contents):
                 place = (*place[:2], number_of.get(str(place[2]), place[2]), *place[3:])
             if name not in objects:
                 found[place] = partial(self._read_one, name)
-            elif number_of and place[-1] == "params":
-                found |= {
-                    (*place, *inner): _giving(value)
-                    for inner, value in _flat([number_of[each] for each in objects[name]])
-                }
             else:
-                found |= {(*place, *inner): _giving(value) for inner, value in _flat(objects[name])}
+                inside = {(*place, *inner): value for inner, value in _flat(objects[name])}
+                found |= {
+                    whole: _giving(number_of[value] if number_of and _is_parameter(whole) else value)
+                    for whole, value in inside.items()
+                }
         for key, number_of in numbers.items():
             if number_of and not any(place[:2] == (key, "state") for place in found):
                 found[key, "state"] = dict
@@ -221,6 +240,11 @@ class Sharded(Contents):
         groups = {place: value for place, value in inside.items() if place[0] == "param_groups"}
         names = sharded_folder.named_groups(sharded_folder.nested(groups)) if groups else None
         return {name: number for number, name in enumerate(name for group in names or () for name in group)}
+
+
+def _is_parameter(place: Place) -> bool:
+    """Whether an optimizer has the name of a parameter there: key, "param_groups", group, "params", number."""
+    return place[1:2] == ("param_groups",) and place[3:4] == ("params",) and len(place) == 5
 
 
 def _flat(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:

@@ -1,6 +1,7 @@
 """A checkpoint of any form, made into one of another form."""
 
 import os
+import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +9,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch.serialization import MAGIC_NUMBER
 
-from lightning.fabric.checkpoint.contents import Contents, Sharded, open_contents
-from lightning.fabric.checkpoint.loading import opened
+from lightning.fabric.checkpoint.contents import Contents, Sharded, verified_contents
 from lightning.fabric.checkpoint.manifest import MANIFEST, DamagedCheckpointError, Manifest, read_manifest
-from lightning.fabric.checkpoint.safetensors_files import is_part, is_safetensors, write_safetensors
+from lightning.fabric.checkpoint.safetensors_files import (
+    begins_as_safetensors,
+    is_index,
+    is_safetensors,
+    names_of_parts,
+    write_safetensors,
+)
 from lightning.fabric.checkpoint.saving import OneRank, Prepared, SaveOptions, Written, save
 from lightning.fabric.checkpoint.sizes import size_in_bytes
 from lightning.fabric.utilities import sharded_folder
@@ -23,6 +30,9 @@ from lightning.fabric.utilities.types import _PATH
 Format = Literal["torch", "safetensors", "sharded"]
 _SHARD_SIZE = "5GB"
 _MODEL = "model"
+_ARCHIVE = b"PK\x03\x04"
+_OLD_FORMAT = pickle.dumps(MAGIC_NUMBER, protocol=2)  # of torch.save before it wrote archives
+_ENOUGH_TO_SEE = 1024  # bytes
 _SHARDED_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|meta\.pt")
 
 
@@ -75,6 +85,7 @@ def convert(
     Raises:
         FileNotFoundError: if there is nothing at ``source``.
         FileExistsError: if something is at ``target``, unless it is a checkpoint and ``overwrite``.
+        IsADirectoryError: if a file is to replace a folder that has other things in it than a checkpoint.
         DamagedCheckpointError: if ``source`` is not as it was saved.
         ValueError: if arguments do not go together; if ``source`` has not what the form needs.
         pickle.UnpicklingError: if it holds what ``weights_only`` refuses.
@@ -83,12 +94,8 @@ def convert(
     if format not in get_args(Format):
         raise ValueError(f"`format` must be one of {list(get_args(Format))}, but got {format!r}.")
     limit = _shard_size(target, format, max_shard_size)
-    _check_target(target, overwrite)
-    # an index of safetensors files has its manifest beside it
-    index = _local_path(source) if str(source).endswith(".index.json") and is_safetensors(source) else None
-    with opened(source if index is None else index.parent, True, OneRank()) as found:
-        manifest = read_manifest(_local_path(found))
-        contents = open_contents(index or _local_path(found), weights_only)
+    _check_target(target, overwrite, format, is_folder=limit is not None or format == "sharded")
+    with verified_contents(source, weights_only) as (contents, manifest):
         form = _FORMS[format](contents, key, limit)
         _save(form, target, manifest or Manifest({}))
     return Converted(target, form.left_out, form.is_folder or format == "torch", manifest is not None)
@@ -269,22 +276,54 @@ def _save(form: _Form, target: _PATH, facts: Manifest) -> None:
     save(prepared, target, options, OneRank(), strategy=facts.strategy)
 
 
-def _check_target(target: _PATH, overwrite: bool) -> None:
+def _check_target(target: _PATH, overwrite: bool, format: str, is_folder: bool) -> None:
     if not _is_local_file_protocol(target):
         exists = get_filesystem(target).exists(str(target))
     else:
         local = _local_path(target)
         exists = os.path.lexists(local)
-        if overwrite and local.is_dir() and not _is_checkpoint(local):
-            raise FileExistsError(f"The folder {str(target)!r} holds no checkpoint, so it is not replaced by one.")
+        if overwrite and local.is_dir():
+            _check_folder(local, format, is_folder)
+        elif overwrite and local.exists() and not _is_checkpoint_file(local):
+            raise FileExistsError(
+                f"{str(target)!r} is no checkpoint, as far as can be seen, so it is not replaced by one. Delete it, or "
+                "choose another path."
+            )
     if exists and not overwrite:
         raise FileExistsError(f"{str(target)!r} exists. Delete it, choose another path, or say `overwrite`.")
+
+
+def _check_folder(target: Path, format: str, is_folder: bool) -> None:
+    """Raise if it must not be replaced: by anything, or by this form."""
+    if not _is_checkpoint(target):
+        raise FileExistsError(f"The folder {str(target)!r} holds no checkpoint, so it is not replaced by one.")
+    foreign = [entry.name for entry in _foreign(target)]
+    if not is_folder and foreign:
+        raise IsADirectoryError(
+            f"The folder {str(target)!r} has {foreign[0]!r} in it, which is no part of a checkpoint, so no file takes "
+            "its place. Choose the path of a file."
+        )
+    if format == "safetensors" and (indices := [name for name in foreign if is_index(name)]):
+        raise FileExistsError(
+            f"The folder {str(target)!r} has the index {indices[0]!r} of other weights, which would be read in place "
+            "of what is written. Choose another path."
+        )
 
 
 def _is_checkpoint(folder: Path) -> bool:
     if (folder / MANIFEST).is_file() or is_sharded_folder(folder) or is_safetensors(folder):
         return True
     return not any(folder.iterdir())
+
+
+def _is_checkpoint_file(path: Path) -> bool:
+    """Whether it is one, though perhaps damaged; what is empty is none, and nothing is lost with it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        begin = file.read(_ENOUGH_TO_SEE)
+    is_archive = begin.startswith(_ARCHIVE) and b"/data.pkl" in begin  # the first thing in what torch saves
+    return not begin or is_archive or begin.startswith(_OLD_FORMAT) or begins_as_safetensors(path)
 
 
 def _foreign(former: Path) -> list[Path]:
@@ -294,8 +333,11 @@ def _foreign(former: Path) -> list[Path]:
     except DamagedCheckpointError:
         manifest = None
     own = {MANIFEST, *(name.split("/")[0] for name in (manifest.files if manifest else ()))}
+    if is_safetensors(former):
+        own |= names_of_parts(former)
+    is_sharded = is_sharded_folder(former)
     return [
         entry
         for entry in former.iterdir()
-        if entry.name not in own and not _SHARDED_FILE.fullmatch(entry.name) and not is_part(entry.name)
+        if entry.name not in own and not (is_sharded and _SHARDED_FILE.fullmatch(entry.name))
     ]

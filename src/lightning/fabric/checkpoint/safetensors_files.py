@@ -22,6 +22,7 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _WEIGHTS = f"model{_SUFFIX}"
 _INDEX = f"model{_INDEX_SUFFIX}"
 _FILE = re.compile(r".+\.safetensors(\.index\.json)?")
+_WRITER = "format"  # the key in a file's metadata
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
 
 
@@ -34,19 +35,34 @@ def is_safetensors(path: _PATH) -> bool:
     local = _local_path(path)
     if local.is_dir():
         return not (local / ".metadata").exists() and (bool(_indices(local)) or (local / _WEIGHTS).is_file())
-    return local.is_file() and (_FILE.fullmatch(local.name) is not None or _begins_as_one(local))
+    return local.is_file() and (_FILE.fullmatch(local.name) is not None or begins_as_safetensors(local))
 
 
-def is_part(name: str) -> bool:
-    """Return whether a file of this name in a folder may be a part of such a checkpoint."""
-    return _FILE.fullmatch(name) is not None
+def is_index(name: str) -> bool:
+    """Return whether a file of this name in a folder is an index of safetensors files."""
+    return name.endswith(_INDEX_SUFFIX)
+
+
+def names_of_parts(folder: Path) -> set[str]:
+    """Return the names of what in ``folder`` belongs to the weights that are read of it; not those in folders of it."""
+    try:
+        index = _index_of(folder)
+    except ValueError:  # there are several
+        return {_WEIGHTS}
+    if index is None:
+        return {_WEIGHTS}
+    try:
+        return {_WEIGHTS, index.name, *_files_in(index)}
+    except (RuntimeError, ValueError):  # it is damaged
+        return {_WEIGHTS, index.name}
 
 
 def _indices(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
 
 
-def _begins_as_one(path: Path) -> bool:
+def begins_as_safetensors(path: Path) -> bool:
+    """Return whether a file of any name may be a safetensors file."""
     with path.open("rb") as file:
         begin = file.read(9)
     length = int.from_bytes(begin[:8], "little")
@@ -78,7 +94,7 @@ def read_safetensors(path: _PATH) -> dict[str, Tensor]:
 
 def _index_of(path: Path) -> Path | None:
     if not path.is_dir():
-        return path if path.name.endswith(_INDEX_SUFFIX) else None
+        return path if is_index(path.name) else None
     found = _indices(path)
     if len(found) < 2:
         return found[0] if found else None
@@ -130,8 +146,9 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             metadata: dict[str, str] = file.metadata() or {}
     except library.SafetensorError as error:
         raise RuntimeError(f"The safetensors file {str(path)!r} is damaged: {error}") from error
-    # as `safetensors.torch.save_model` notes which names share a tensor
-    return tensors, {name: tensors[kept] for name, kept in metadata.items() if name not in tensors and kept in tensors}
+    # as `safetensors.torch.save_model` notes which names share a tensor; `format` says what has written the file
+    ties = {name: kept for name, kept in metadata.items() if name != _WRITER and name not in tensors}
+    return tensors, {name: tensors[kept] for name, kept in ties.items() if kept in tensors}
 
 
 # -- writing
@@ -173,9 +190,15 @@ def _check(state: Mapping[str, Any]) -> None:
     others = {name: type(value).__name__ for name, value in state.items() if not isinstance(value, Tensor)}
     if others:
         raise TypeError(f"A safetensors file holds tensors by name and nothing else, but the state has {others}.")
-    odd = [name for name, value in state.items() if value.layout is not torch.strided or value.is_meta]
+    odd = [
+        name
+        for name, value in state.items()
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta
+    ]
     if odd:
-        raise ValueError(f"A safetensors file holds dense tensors with values, but these are sparse or meta: {odd}.")
+        raise ValueError(
+            f"A safetensors file holds dense tensors with values, but these are sparse, quantized or meta: {odd}."
+        )
 
 
 def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -186,10 +209,10 @@ def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     for name, tensor in state.items():
         # what has no elements has no place in memory either
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
-        if place in first:
+        if place in first and name != _WRITER:  # which would be taken for something else
             ties[name] = first[place]
         else:
-            first[place] = name
+            first.setdefault(place, name)
             kept[name] = tensor
     return kept, ties
 
@@ -216,10 +239,13 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor], ties: Mapping[str, st
     own: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         own[name] = _apart(tensor, own.values())
-    metadata = {name: kept for name, kept in ties.items() if kept in tensors} | {"format": "pt"}
+    metadata = {name: kept for name, kept in ties.items() if kept in tensors} | {_WRITER: "pt"}
     try:
         save_file(own, path, metadata=metadata)
-    except (_library().SafetensorError, KeyError) as error:
+    except KeyError as error:  # it knows no name for a dtype
+        names = [name for name, tensor in tensors.items() if tensor.dtype in error.args]
+        raise ValueError(f"A safetensors file cannot hold {error}, which is the dtype of {names[:10]}.") from error
+    except _library().SafetensorError as error:
         kinds: Sequence[str] = sorted({str(tensor.dtype) for tensor in tensors.values()})
         raise ValueError(f"Cannot write {str(path)!r} with tensors of {kinds}: {error!r}") from error
 

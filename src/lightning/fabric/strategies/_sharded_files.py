@@ -503,10 +503,11 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Collective: restore ``state`` in place from a sharded folder or a full file, and return what else is in there.
 
-    ``state`` is what :func:`prepare` takes; or a module or an optimizer, for a file that holds its bare state dict.
-    The number of ranks may be another one than when saving. Each rank reads only its shards of a folder; a file is
-    mapped, and one tensor at a time is held beyond that. Keys and shapes are checked before anything is changed.
-    A module keeps its dtypes, and is given what was saved in these; the state of an optimizer is as it was saved.
+    ``state`` is what :func:`prepare` takes; or a module or an optimizer, for a file that holds its bare state dict,
+    which of a module may be a folder too. The number of ranks may be another one than when saving. Each rank reads
+    only its shards of a folder; a file is mapped, and one tensor at a time is held beyond that. Keys and shapes are
+    checked before anything is changed. A module keeps its dtypes, and is given what was saved in these; the state of
+    an optimizer is as it was saved.
 
     Of a folder, the modules and optimizers that ``state`` does not name are not read, and not returned either. Of a
     file they are returned, with tensors that are read when they are first used: the file may be replaced or deleted,
@@ -526,8 +527,7 @@ def load_checkpoint(
     """
     doing = f"loading {os.fspath(path)!r}"
     if isinstance(state, (nn.Module, Optimizer)):
-        with all_or_none(strategy, doing):
-            _load_bare(strategy, path, state, strict, weights_only)
+        _load_bare(strategy, path, state, strict, weights_only, doing)
         return {}
     if not in_parts and not state:
         with all_or_none(strategy, doing):
@@ -568,19 +568,53 @@ def _is_folder(path: _PATH) -> bool:
 
 
 def _load_bare(
-    strategy: Strategy, path: _PATH, obj: nn.Module | Optimizer, strict: bool, weights_only: bool | None
+    strategy: Strategy, path: _PATH, obj: nn.Module | Optimizer, strict: bool, weights_only: bool | None, doing: str
 ) -> None:
-    if _is_folder(path):
-        raise ValueError(
-            f"{str(path)!r} is a sharded checkpoint, which holds a state with keys, not a bare state dict. "
-            "Use `load` with a dict, as in `fabric.load(path, {'model': model})`."
-        )
-    saved, _ = _read(strategy.checkpoint_io, path, weights_only, mmap=True)
-    if isinstance(obj, nn.Module):
-        module = strategy._module_with_state(obj)
-        load_full_module_state(module, by_names_of(module, saved), strict)
-    else:
-        load_full_optimizer_state(obj, saved)
+    """Collective."""
+    with all_or_none(strategy, doing):
+        folder = ShardedFolder(_local_path(path), weights_only) if _is_folder(path) else None
+        if folder is None:
+            saved, _ = _read(strategy.checkpoint_io, path, weights_only, mmap=True)
+            if isinstance(obj, nn.Module):
+                module = strategy._module_with_state(obj)
+                load_full_module_state(module, by_names_of(module, saved), strict)
+            else:
+                load_full_optimizer_state(obj, saved)
+    if folder is not None:
+        _load_bare_folder(strategy, folder, obj, strict, doing)
+
+
+_BARE = "bare"  # the key that what has none is given
+
+
+def _load_bare_folder(
+    strategy: Strategy, folder: ShardedFolder, obj: nn.Module | Optimizer, strict: bool, doing: str
+) -> None:
+    """Collective."""
+    with all_or_none(strategy, doing):
+        module = strategy._module_with_state(obj) if isinstance(obj, nn.Module) else None
+        if module is None or not _is_state_of(module, folder):
+            raise ValueError(
+                f"{str(folder.folder)!r} is a sharded checkpoint, which holds a state with the keys "
+                f"{sorted(folder.keys())[:10]}, not the bare state dict of a module. Use `load` with a dict, as in "
+                "`fabric.load(path, {'model': model})`."
+            )
+        folder.as_entry(_BARE)
+        check_module(module, _shapes(folder, _BARE), strict, type(module).__name__, by_itself=False)
+        tensors = _targets(folder, _BARE, module)
+    with all_or_none(strategy, doing):
+        folder.read(tensors)
+    with all_or_none(strategy, doing):
+        _load_what_is_not_in_place(module, _entry(folder, _BARE, tensors))
+
+
+def _is_state_of(module: nn.Module, folder: ShardedFolder) -> bool:
+    """Whether the folder holds a bare state dict, though perhaps not one that fits."""
+    return folder.is_bare or (not folder.meta and not folder.stored.keys().isdisjoint(module.state_dict()))
+
+
+def _shapes(folder: ShardedFolder, key: str) -> dict[Any, Tensor | None]:
+    return {place[0]: folder.blank(name, "meta") for name, place in folder.below(key) if place}
 
 
 _Restore = Callable[[], dict[str, Any]]  # changes the objects, and returns the new plain values
@@ -674,13 +708,18 @@ def _prepare_from_folder(
 def _check_keys(folder: ShardedFolder, parts: _Parts, strict: bool) -> _Parts:
     """Return the parts that the folder has; raise where keys or shapes do not fit."""
     folder.split_names(parts.modules)
+    folder.split_optimizers(parts.optimizers)
     keys = folder.keys()
+    if strict and folder.is_bare and keys.isdisjoint(parts.modules):
+        raise KeyError(
+            f"The requested state contains {list(parts.modules)}, but {str(folder.folder)!r} holds the bare state dict "
+            f"of a module, with {sorted(keys)[:10]}. For that, use `load_raw`."
+        )
     stateful = [key for key, module in parts.modules.items() if module.state_dict()]
     _validate_keys_for_strict_loading([*stateful, *parts.optimizers, *parts.rest], keys, strict)
     for key in stateful:
         if key in keys:
-            saved = {place[0]: folder.blank(name, "meta") for name, place in folder.below(key) if place}
-            check_module(parts.modules[key], saved, strict, f"state[{key!r}]", by_itself=False)
+            check_module(parts.modules[key], _shapes(folder, key), strict, f"state[{key!r}]", by_itself=False)
     return _Parts(
         {key: parts.modules[key] for key in stateful if key in keys},
         {key: optimizer for key, optimizer in parts.optimizers.items() if key in keys},
@@ -744,9 +783,18 @@ def _blank_state(
     for name, place in folder.below(key):
         if place[:1] == ("state",):
             stored = folder.blank(name, "meta")
-            parameter = parameters[number_of[str(place[1])]]
+            parameter = parameters[_number(name, place, number_of)]
             blanks[name] = None if stored is None else _blank_like(stored, _layout(stored, parameter))
     return blanks
+
+
+def _number(name: str, place: Place, number_of: Mapping[str, int]) -> int:
+    if (parameter := str(place[1])) not in number_of:
+        raise ValueError(
+            f"The checkpoint has {name!r}, the state of a parameter {parameter!r} that is in none of the optimizer's "
+            f"groups; these have {list(number_of)[:10]}."
+        )
+    return number_of[parameter]
 
 
 def _blank_like(stored: Tensor, like: Tensor | None) -> Tensor:

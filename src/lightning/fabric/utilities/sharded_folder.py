@@ -16,9 +16,9 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 import torch
@@ -33,9 +33,10 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.fabric.utilities.data import AttributeDict
@@ -43,6 +44,7 @@ from lightning.fabric.utilities.load import _INDEX_FILENAME, _METADATA_FILENAME,
 from lightning.fabric.utilities.ranks import Ranks, all_or_none
 
 _CHECKPOINT_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|meta\.pt|manifest\.json")
+_REFUSED = re.compile(r"GLOBAL (\S+)|allowlisted.*got <class '(.+?)'>", re.DOTALL)  # of torch's unpickler
 
 torch.serialization.add_safe_globals([AttributeDict, bytes])  # torch knows all bytes but the empty ones
 
@@ -131,6 +133,10 @@ def _flat(path: Place) -> str:
     return ".".join(map(str, path))
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+
+
 class _SavePlanner(DefaultSavePlanner):
     """Takes values that are flat already, and remembers where they are in the nested state."""
 
@@ -149,6 +155,12 @@ class _SavePlanner(DefaultSavePlanner):
                 "the beginning of another one."
             )
         self.state_dict = {_flat(path): value for path, value in values.items()}
+        if odd := [
+            name for name, value in self.state_dict.items() if isinstance(value, Tensor) and not _is_dense(value)
+        ]:
+            raise ValueError(
+                f"A sharded checkpoint holds dense tensors with values, but these are sparse, quantized or meta: {odd}."
+            )
         self.mappings = paths
         return self.create_local_plan()
 
@@ -199,31 +211,36 @@ class ShardedFolder:
         self._reader = _Reader(self.folder, trusted=weights_only is False)
         index = self._reader.index
         self.stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = index.state_dict_metadata
-        self._check_index()
         known: dict[str, Any] = index.planner_data or {}
+        self._tells_places = bool(known)
         self.paths: dict[str, Place] = {name: known.get(name) or tuple(name.split(".", 1)) for name in self.stored}
         self.meta = self._read_meta()
-
-    def _check_index(self) -> None:
-        """Raise if some part of a tensor is nowhere: reading would leave what was there before."""
-        for name, stored in self.stored.items():
-            if isinstance(stored, TensorStorageMetadata):
-                parts = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
-                if parts < math.prod(stored.size):
-                    raise RuntimeError(
-                        f"The checkpoint {str(self.folder)!r} is damaged: its {_INDEX_FILENAME} has {parts} of the "
-                        f"{math.prod(stored.size)} numbers of {name!r}."
-                    )
+        for key in {path[0] for path in self.paths.values() if path[1:2] == ("param_groups",)} if not known else ():
+            self._split_optimizer(str(key))
 
     def _read_meta(self) -> dict[str, Any]:
         path = self.folder / _METADATA_FILENAME
         if not path.is_file():
             return {}
         try:
-            meta: dict[str, Any] = _load(path, "cpu", weights_only=self._weights_only)
-        except pickle.UnpicklingError as error:
-            raise _refused(path, error) from error
+            meta: Any = _load(path, "cpu", weights_only=self._weights_only)
+            if not isinstance(meta, dict):
+                raise _DamageError(f"holds {type(meta).__name__}, no dict")
+        except ImportError:  # what is trusted may need packages
+            raise
+        except Exception as error:  # of what is damaged, unpickling may raise anything
+            raise _explained(self.folder, _METADATA_FILENAME, error) from error
         return meta
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether there are tensors by name and nothing else, as in the state dict of one module."""
+        tensors_alone = not any(isinstance(stored, BytesStorageMetadata) for stored in self.stored.values())
+        return tensors_alone and not self.meta and all(len(place) == 1 for place in self.paths.values())
+
+    def as_entry(self, key: str) -> None:
+        """Take all of what is bare as the entry ``key`` of a state."""
+        self.paths = {name: (key, *(place if self._tells_places else (name,))) for name, place in self.paths.items()}
 
     def split_names(self, keys: Iterable[str]) -> None:
         """Take what lies under names such as ``model.weight``, in a state that was flat, as parts of these ``keys``."""
@@ -232,6 +249,27 @@ class ShardedFolder:
             for name, (first, *rest) in self.paths.items() if key not in known else ():
                 if str(first).startswith(f"{key}."):
                     self.paths[name] = (key, str(first)[len(key) + 1 :], *rest)
+
+    def split_optimizers(self, keys: Collection[str]) -> None:
+        """Take what lies under names such as ``state.weight.exp_avg``, in what was flat, as parts of the optimizers.
+
+        Raises:
+            ValueError: if a name says neither of which parameter nor of which group it is.
+
+        """
+        self.split_names(keys)
+        for key in keys:
+            self._split_optimizer(key)
+            for name, place in self.below(key):
+                if place and str(place[0]).startswith(("state.", "param_groups.")):
+                    raise ValueError(
+                        f"The checkpoint has a value {name!r} of an optimizer, and such a name says neither of which "
+                        "parameter nor of which group it is. Save the optimizer's `state_dict()`, with its groups."
+                    )
+
+    def _split_optimizer(self, key: str) -> None:
+        for name, place in self.below(key):
+            self.paths[name] = (key, *_place_in_optimizer(place))
 
     def keys(self) -> set[str]:
         """Return the keys of the state."""
@@ -242,9 +280,9 @@ class ShardedFolder:
         plain = {name for name, stored in self.stored.items() if isinstance(stored, BytesStorageMetadata)}
         return {name for name in plain if self.paths[name] == (name,)}
 
-    def below(self, key: str) -> Iterator[tuple[str, Place]]:
-        """Yield the name of each value of the state's entry ``key``, and where it is in that entry."""
-        return ((name, path[1:]) for name, path in self.paths.items() if path[0] == key)
+    def below(self, key: str) -> list[tuple[str, Place]]:
+        """Return the name of each value of the state's entry ``key``, and where it is in that entry."""
+        return [(name, path[1:]) for name, path in self.paths.items() if path[0] == key]
 
     def blank(self, name: str, device: torch.device | str = "cpu") -> Tensor | None:
         """Return an uninitialised tensor to read ``name`` into; None if it is no tensor."""
@@ -272,21 +310,54 @@ class ShardedFolder:
             ((error, _),) = failed.failures.values()
             if not isinstance(error, Exception):  # the user's Ctrl+C
                 raise error from None
-            raise self._explained(error) from error
+            raise _explained(self.folder, self._reader.file, error) from error
 
-    def _explained(self, error: Exception) -> Exception:
-        if isinstance(error, pickle.UnpicklingError):
-            return _refused(self.folder, error)
-        return RuntimeError(f"The checkpoint {str(self.folder)!r} is damaged: {type(error).__name__}: {error}")
+
+def _place_in_optimizer(place: Place) -> Place:
+    """Return where a value with names such as ``state.weight.exp_avg`` was; ``place`` if they do not tell."""
+    names, rest = ".".join(map(str, place[:1])), place[1:]
+    if match := re.fullmatch(r"param_groups\.(\d+)(?:\.(.+))?", names):
+        return ("param_groups", int(match[1]), *filter(None, [match[2]]), *rest)
+    if match := re.fullmatch(r"state\.(.+)" if rest else r"state\.(.+)\.(.+)", names):
+        return ("state", *match.groups(), *rest)
+    return place
+
+
+class _DamageError(ValueError):
+    """What is wrong with a file, which is the subject of the sentence."""
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether unpickling failed because of an object that ``weights_only`` does not make, not because of damage."""
+    return isinstance(error, pickle.UnpicklingError) and _REFUSED.search(str(error)) is not None
 
 
 def _refused(path: Path, error: Exception) -> pickle.UnpicklingError:
-    found = re.search(r"GLOBAL (\S+)|got <class '(.+?)'>", str(error))
-    what = f"an object of {found[1] or found[2]}" if found else f"something else than plain values ({error})"
+    found = _REFUSED.search(str(error))
+    assert found is not None
     return pickle.UnpicklingError(
-        f"The checkpoint {str(path)!r} holds {what}, which `weights_only=True` (the default) refuses, because a file "
-        "with such objects can run any code. If you trust the file, pass `weights_only=False`."
+        f"The checkpoint {str(path)!r} holds an object of {found[1] or found[2]}, which `weights_only=True` (the "
+        "default) refuses, because a file with such objects can run any code. If you trust the file, pass "
+        "`weights_only=False`."
     )
+
+
+def _explained(folder: Path, file: str, error: Exception) -> Exception:
+    if is_refusal(error):
+        return _refused(folder / file, error)
+    if isinstance(error, _DamageError):
+        return _damaged(folder, file, str(error))
+    if isinstance(error, FileNotFoundError):
+        return _damaged(folder, file, "is missing")
+    if isinstance(error, OSError):
+        return error
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)  # around that is advice to trust the file
+    reason = re.split(r"\.\s|\n", text.strip())[0].rstrip(".")
+    return _damaged(folder, file, f"cannot be read: {type(error).__name__}{reason and f': {reason}'}")
+
+
+def _damaged(folder: Path, file: str, what: str) -> RuntimeError:
+    return RuntimeError(f"The checkpoint {str(folder)!r} is damaged: its file {file!r} {what}.")
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -305,24 +376,66 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 class _Reader(FileSystemReader):
-    """Reads the index once, and runs no code that it may hold, unless it is ``trusted``."""
+    """Reads the index once, and runs no code that it may hold, unless it is ``trusted``.
+
+    Attributes:
+        index: what the checkpoint has.
+        file: the name of that which is read, or was when reading failed.
+
+    """
 
     def __init__(self, folder: Path, trusted: bool) -> None:
         super().__init__(folder)
+        self.file = _INDEX_FILENAME
+        data = (folder / _INDEX_FILENAME).read_bytes()
         try:
-            data = (folder / _INDEX_FILENAME).read_bytes()
             self.index: Metadata = pickle.loads(data) if trusted else _IndexUnpickler(io.BytesIO(data)).load()
+            _check_index(self.index)
         except _RefusedError as error:
-            raise pickle.UnpicklingError(f"{error}") from None
-        except (EOFError, pickle.UnpicklingError, AttributeError, ValueError, KeyError, IndexError) as error:
-            raise RuntimeError(f"The checkpoint {str(folder)!r} is damaged: its {_INDEX_FILENAME}: {error}") from error
+            raise pickle.UnpicklingError(
+                f"The index of the checkpoint {str(folder)!r} names {error}, which is no part of an index. It could "
+                "run any code. If you trust the checkpoint, pass `weights_only=False`."
+            ) from None
+        except ImportError:
+            raise
+        except Exception as error:
+            raise _explained(folder, _INDEX_FILENAME, error) from error
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.index
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """As torch does it, one file after the other, so that it is known which one cannot be read."""
+        self.file = _INDEX_FILENAME
+        items: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            items.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for self.file in items:
+            super().read_data(replace(plan, items=items[self.file]), planner)
+        return super().read_data(replace(plan, items=[]), planner)
+
+
+def _check_index(index: Metadata) -> None:
+    """Raise if it is none; if it names files outside; if a part of a tensor is nowhere, for reading would leave what
+    was there before.
+    """
+    for name, stored in index.state_dict_metadata.items():
+        if not isinstance(stored, BytesStorageMetadata):
+            whole = torch.empty(stored.size, dtype=stored.properties.dtype, device="meta").numel()
+            parts = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
+            if parts < whole:
+                raise _DamageError(f"has {parts} of the {whole} numbers of {name!r}")
+    for place in (index.planner_data or {}).values():
+        if not isinstance(place, tuple) or not place or not all(isinstance(part, (str, int)) for part in place):
+            raise _DamageError(f"has {place!r} for the place of a value")
+    for part in index.storage_data.values():
+        path = PurePosixPath(part.relative_path)
+        if path.is_absolute() or ".." in path.parts or "\\" in str(path) or ":" in str(path):
+            raise _DamageError(f"names the file {str(path)!r}, which is not inside of the checkpoint")
+
 
 class _RefusedError(pickle.UnpicklingError):
-    pass
+    """An index has what is no part of one."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -357,10 +470,7 @@ class _IndexUnpickler(pickle.Unpickler):
             return dtype
         if module.partition(".")[0] == "pathlib":  # where it was written: of whichever system that was
             return _a_path
-        raise _RefusedError(
-            f"The index of the checkpoint names {module}.{name}, which is no part of an index. It could run any code. "
-            "If you trust the checkpoint, pass `weights_only=False`."
-        )
+        raise _RefusedError(f"{module}.{name}")
 
 
 def _a_path(*parts: str) -> str:
