@@ -790,7 +790,7 @@ SAVING: dict[str, tuple[Wrong, str]] = {
     ),
     "a folder of other things": (
         lambda s, p: _saved(s, Path(p).parent, {"gen": nn.Linear(1, 1)}, sharded=False),
-        "IsADirectoryError: Cannot save a full checkpoint as",
+        "IsADirectoryError: Cannot save a file as",
     ),
 }
 LOADING: dict[str, tuple[Wrong, str]] = {

@@ -177,6 +177,7 @@ def save(prepared: Prepared, target: _PATH, options: SaveOptions, peers: Peers, 
         return
     place = _place_for(target, peers)
     try:
+        agreed(peers, doing, lambda: prepared.check(target))
         agreed(peers, doing, lambda: _begin(prepared, place, target), on_rank_0=True)
         agreed(peers, doing, lambda: _begin(prepared, place, target) if peers.rank else None)
         own = agreed(peers, doing, lambda: _write(prepared, place, options, target))
@@ -224,7 +225,6 @@ def _place_for(target: _PATH, peers: Peers) -> _Place:
 
 
 def _begin(prepared: Prepared, place: _Place, target: _PATH) -> None:
-    prepared.check(target)
     with _saying_where(target):
         place.begin(prepared.is_folder)
 
