@@ -208,6 +208,38 @@ def test_goes_on_with_more_and_fewer_ranks(tmp_path):
     assert not set(rest) & set(seen)
 
 
+def _with_own_orders(folder):
+    """Go on after each kind of save; return how many batches were left, and what was warned of."""
+    fabric = _fabric(2)
+    checkpoints = fabric.checkpoints(folder + "/run")
+    plain, run = folder + "/plain", folder + "/run"
+    found = []
+    for shuffle, save, load in [
+        (True, lambda state: fabric.save(plain, state), lambda state: fabric.load(plain, state)),
+        (True, lambda state: checkpoints.save(1, state), lambda state: fabric.load(run, state)),
+        (True, lambda state: checkpoints.save(1, state), checkpoints.resume),
+        (False, lambda state: fabric.save(plain, state), lambda state: fabric.load(plain, state)),
+    ]:
+        made = (DataLoader(range(8), batch_size=2, shuffle=shuffle) for _ in range(2))
+        loader, other = (fabric.setup_dataloaders(each, use_distributed_sampler=False) for each in made)
+        next(iter(loader))
+        save({"loader": loader})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load({"loader": other})
+            found.append((len(list(other)), [str(warning.message) for warning in caught]))
+    return found
+
+
+def test_ranks_with_orders_of_their_own_do_the_same_with_one_rank_s_position(tmp_path):
+    first, second = on_ranks(2, _with_own_orders, str(tmp_path))
+    assert [left for left, _ in first] == [left for left, _ in second] == [4, 4, 3, 3]
+    assert [len(warned) for _, warned in first] == [1, 1, 0, 0]
+    for _, (message,) in first[:2]:
+        assert "each rank has an order of its own" in message
+        assert "fabric.checkpoints(...)" in message
+
+
 def _failing(folder):
     fabric = _fabric(2)
     checkpoints = fabric.checkpoints(folder)

@@ -586,8 +586,14 @@ def _unwrap_objects(collection: Any) -> Any:
 
 
 def unwrap_for_files(state: Mapping[str, Any]) -> dict[str, Any]:
-    """:func:`_unwrap_objects` of each entry, but for loaders: it is the wrapper that knows where they are."""
-    return {key: obj if isinstance(obj, _FabricDataLoader) else _unwrap_objects(obj) for key, obj in state.items()}
+    """:func:`_unwrap_objects` of each entry, but for loaders: their positions, which are rank 0's for all ranks."""
+    return {key: _for_files(obj) for key, obj in state.items()}
+
+
+def _for_files(obj: Any) -> Any:
+    if isinstance(obj, _FabricDataLoader):
+        obj = obj.state_dict()
+    return loader_position.for_all_ranks(obj) if loader_position.is_state(obj) else _unwrap_objects(obj)
 
 
 def is_wrapped(obj: object) -> bool:

@@ -133,6 +133,16 @@ _BEGINNING: dict[str, Any] = {
 }
 
 
+def is_state(value: Any) -> bool:
+    """Whether ``value`` is what :func:`state_of` returns."""
+    return isinstance(value, Mapping) and {*_BEGINNING, "layout"} <= value.keys()
+
+
+def for_all_ranks(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of one rank, to be given to all of them: each has to do the same with it, that rank as well."""
+    return {**state, "is_for_all_ranks": True}
+
+
 def restore(loader: Any, state: Mapping[str, Any]) -> bool:
     """Put back at once what can be; return whether the next iteration has to be begun by :func:`resume`."""
     if state["epoch"] is not None:
@@ -208,6 +218,21 @@ def _is_of_this_rank(state: Mapping[str, Any]) -> bool:
     return bool(state["rank"] == rank_zero_only.rank)
 
 
+def _is_own(state: Mapping[str, Any]) -> bool:
+    """Whether this is not another rank's state, nor one that other ranks were given too."""
+    is_given_to_others = state.get("is_for_all_ranks", False) and _world_size() > 1
+    return _is_of_this_rank(state) and not is_given_to_others
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if _distributed_is_initialized() else 1
+
+
+_KEEP_EVERY_RANK = (
+    "Save with `fabric.checkpoints(...)`, which keeps the position of every rank, and load with its `resume`"
+)
+
+
 @dataclass(frozen=True)
 class _Place:
     """How far an epoch has come: so many ``samples``, and then so many ``batches`` of this loader on this rank.
@@ -241,10 +266,10 @@ def _place(loader: Any, state: Mapping[str, Any]) -> _Place | str:
             f"it has the samplers {now['samplers']} on {now['world_size']} rank(s), and had {before['samplers']} on "
             f"{before['world_size']}"
         )
-    if not is_dealt and not _is_of_this_rank(state):
+    if not is_dealt and not _is_own(state):
         return (
-            f"rank {rank_zero_only.rank} has no part in the checkpoint, and its order is not that of rank "
-            f"{state['rank']}. Save with `fabric.checkpoints(...)`, which keeps the state of every rank"
+            f"each rank has an order of its own, and the checkpoint has the position of rank {state['rank']} alone. "
+            f"{_KEEP_EVERY_RANK}"
         )
     is_alike = is_alike or (order is not None and before["replicas"] == now["replicas"])
     if is_alike and before["batch_size"] == now["batch_size"]:
@@ -312,7 +337,7 @@ def _layout(loader: Any) -> dict[str, Any]:
         "replicas": 1 if shared is None else shared.num_replicas,
         "batch_size": index_sampler.batch_size if type(index_sampler) is BatchSampler else None,
         "samples": sized_len(getattr(loader, "dataset", None)),
-        "world_size": dist.get_world_size() if _distributed_is_initialized() else 1,
+        "world_size": _world_size(),
         "num_workers": getattr(loader, "num_workers", 0),
     }
 
