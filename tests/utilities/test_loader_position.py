@@ -479,3 +479,54 @@ def test_an_epoch_that_living_workers_did_not_finish_is_named():
     _, states = training.go_on(1, stop_at=2)
     with pytest.warns(UserWarning, match="an epoch was left before its end, and `persistent_workers=True`"):
         Training(WORKERS["workers that stay"]).go_on(1, states)
+
+
+class Counting(Shuffled):
+    """An order by the number of the epoch, which nobody tells it."""
+
+    epoch = 0
+
+    def __iter__(self):
+        self.epoch += 1
+        return iter(random.Random(self.epoch).sample(range(self.samples), self.samples))
+
+    def state_dict(self):
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state):
+        self.epoch = state["epoch"]
+
+
+class CountingBatches(Counting):
+    """The same of batches."""
+
+    def __iter__(self):
+        return iter([index] for index in super().__iter__())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        lambda: {"sampler": Counting(SAMPLES)},
+        lambda: {"batch_sampler": CountingBatches(SAMPLES)},
+        lambda: {"batch_sampler": BatchSampler(Counting(SAMPLES), 2, False)},
+    ],
+    ids=["sampler", "batch sampler", "inside of one"],
+)
+def test_a_sampler_with_a_state_gets_that_back(sampling, workers):
+    context = {"multiprocessing_context": "fork"} if workers else {}
+    make = lambda: DataLoader(Noisy(), num_workers=workers, **context, **sampling())
+    each = len(make())
+    for stop in (1, each, each + 1, EPOCHS * each - 1):
+        assert_same_run(make, stop)
+
+
+def test_the_innermost_sampler_is_named():
+    class Lazy(Shuffled):
+        def __iter__(self):
+            return (random.randrange(SAMPLES) for _ in range(SAMPLES))
+
+    make = lambda: DataLoader(Noisy(), sampler=Lazy(SAMPLES), batch_size=2)
+    with pytest.warns(UserWarning, match="Lazy draws random numbers.*Give it a generator of its own.$"):
+        interrupted(make, 2)

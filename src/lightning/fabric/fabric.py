@@ -791,7 +791,7 @@ class Fabric:
         For files that Fabric has not written, such as ``torch.save(model.state_dict(), path)``.
 
         Args:
-            path: the file.
+            path: the file; or, for a module, a folder that ``torch.distributed.checkpoint`` has written.
             obj: a module or an optimizer, set up or not.
             strict: the module's parameters and the file's must have the same names.
             weights_only, verify: as in :meth:`load`.

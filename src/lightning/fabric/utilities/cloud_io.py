@@ -2,7 +2,6 @@
 
 import os
 import stat
-import struct
 import tempfile
 import uuid
 import zipfile
@@ -69,13 +68,7 @@ def _load(
     path = _local_path(path_or_url)
     if path.is_dir():
         raise IsADirectoryError(f"Expected a checkpoint file, but {str(path)!r} is a folder.")
-    try:
-        return torch.load(path, mmap=bool(mmap) and zipfile.is_zipfile(path), **options)
-    except (LookupError, EOFError, UnicodeDecodeError, OverflowError, struct.error) as error:  # of its parser
-        raise RuntimeError(
-            f"Cannot read {str(path)!r}: it is damaged, or not what `torch.save` writes. "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    return torch.load(path, mmap=bool(mmap) and zipfile.is_zipfile(path), **options)
 
 
 def _atomic_save(obj: Any, path: _PATH) -> None:

@@ -97,6 +97,7 @@ def state_of(loader: Any, position: Position | None, epoch: int | None) -> dict[
         "rank": rank_zero_only.rank,
         "generators": [each.get_state() for each in _generators(loader)],
         "own": None if stateful is None else stateful.state_dict(),
+        "samplers": _states_of_samplers(loader),
         "layout": _layout(loader),
         **_BEGINNING,
     }
@@ -152,6 +153,11 @@ def restore(loader: Any, state: Mapping[str, Any]) -> bool:
             generator.set_state(saved)
     if state["own"] is not None and (stateful := _stateful_part(loader)) is not None:
         stateful.load_state_dict(state["own"])
+    if _is_own(state) or state["layout"]["shuffle"] is not None:  # else it is where other ranks are not
+        # in the middle of an epoch it is begun again, and indices are skipped
+        states = state["samplers"] if state["is_over"] else state["start"]["samplers"]
+        for sampler, saved in zip(_stateful_samplers(loader), states, strict=False):
+            sampler.load_state_dict(copy.deepcopy(saved))
     return not (state["is_over"] and state["has_new_workers"])
 
 
@@ -208,10 +214,19 @@ def _stateful_part(loader: Any) -> Any:
     parts = [loader]
     if has_iterable_dataset(loader) and not getattr(loader, "num_workers", 0):
         parts.append(loader.dataset)
-    for part in parts:
-        if callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None)):
-            return part
-    return None
+    return next(filter(_is_stateful, parts), None)
+
+
+def _is_stateful(part: Any) -> bool:
+    return callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None))
+
+
+def _stateful_samplers(loader: Any) -> list[Any]:
+    return list(filter(_is_stateful, _samplers(loader)))
+
+
+def _states_of_samplers(loader: Any) -> list[Any]:
+    return [copy.deepcopy(each.state_dict()) for each in _stateful_samplers(loader)]
 
 
 def _is_of_this_rank(state: Mapping[str, Any]) -> bool:
@@ -370,7 +385,8 @@ def _drop(loader: Any, state: Mapping[str, Any], past: "Past", place: _Place) ->
     with past if state["has_new_workers"] else Past.now(loader):
         iterator = iter(loader)
         is_here = not getattr(loader, "num_workers", 0)
-        _pass_over(iterator, place.batches, getattr(loader, "dataset", loader) if is_here else None)
+        drawing = getattr(loader, "dataset", loader) if is_here else None
+        _pass_over(iterator, place.batches, drawing, "methods `state_dict` and `load_state_dict`")
     return position, iterator
 
 
@@ -397,7 +413,7 @@ def _skip(loader: Any, state: Mapping[str, Any], past: "Past", place: _Place) ->
         iterator = iter(loader)
     skipping.has_begun()
     with past:
-        _pass_over(iterator, again, None)
+        _pass_over(iterator, again)
     if state["is_over"]:  # it was not to get there that this was drawn
         past.adopt()
     return Position(start, recorder, state["has_new_workers"], place), iterator
@@ -455,7 +471,7 @@ class _Skipping(Sampler[Any]):
 
     def _rest(self, items: Iterator[Any], past: "Past") -> Iterator[Any]:
         with past:
-            _pass_over(items, self._count, self.sampler)
+            _pass_over(items, self._count, _innermost(self.sampler))
         while self._is_beginning:  # workers are given their first batches at once
             with past:
                 item = next(items, _END)
@@ -468,7 +484,13 @@ class _Skipping(Sampler[Any]):
 _END = object()
 
 
-def _pass_over(items: Iterator[Any], count: int, drawing: Any) -> None:
+def _innermost(sampler: Any) -> Any:
+    while (inner := getattr(sampler, "sampler", None)) is not None:
+        sampler = inner
+    return sampler
+
+
+def _pass_over(items: Iterator[Any], count: int, drawing: Any = None, or_else: str = "") -> None:
     """Drop ``count`` items. Warn if ``drawing`` them takes random numbers all along, which training does as well."""
     if next(islice(items, min(count, 1)), _END) is _END:
         return
@@ -479,7 +501,7 @@ def _pass_over(items: Iterator[Any], count: int, drawing: Any) -> None:
         rank_zero_warn(
             f"{type(drawing).__name__} draws random numbers all through the epoch, and shares the generator with "
             "everything else. So what it yields after an interruption in the middle of an epoch may differ from what "
-            "it would yield without one. Give it a generator of its own, or methods `state_dict` and `load_state_dict`."
+            "it would yield without one. Give it a generator of its own" + (f", or {or_else}." if or_else else ".")
         )
 
 
@@ -489,11 +511,15 @@ def _pass_over(items: Iterator[Any], count: int, drawing: Any) -> None:
 class Past:
     """Random states of another time: inside of ``with past:`` they are the current ones, and go on from there.
 
-    Those of the process, and of the generators that a loader and its samplers have.
+    Those of the process, and of the generators that a loader and its samplers have. ``samplers`` are the states that
+    samplers had then by their own account; nobody puts these back here.
     """
 
-    def __init__(self, states: dict[str, Any], generators: list[Generator], their_states: list[Tensor]) -> None:
+    def __init__(
+        self, states: dict[str, Any], generators: list[Generator], their_states: list[Tensor], samplers: list[Any]
+    ) -> None:
         self._states = states
+        self._samplers = samplers
         self._generators = generators
         self._their_states = their_states
         self._depth = 0
@@ -501,10 +527,11 @@ class Past:
     @classmethod
     def now(cls, loader: Any) -> "Past":
         generators = _generators(loader)
-        return cls(_collect_rng_states(False), generators, [each.get_state() for each in generators])
+        their_states = [each.get_state() for each in generators]
+        return cls(_collect_rng_states(False), generators, their_states, _states_of_samplers(loader))
 
     def copy(self) -> "Past":
-        return Past(self._states, self._generators, self._their_states)
+        return Past(self._states, self._generators, self._their_states, self._samplers)
 
     def __enter__(self) -> None:
         self._depth += 1
@@ -528,11 +555,16 @@ class Past:
             generator.set_state(state)
 
     def to_plain(self) -> dict[str, Any]:
-        return {"process": packed(self._states), "generators": list(self._their_states)}
+        return {
+            "process": packed(self._states),
+            "generators": list(self._their_states),
+            "samplers": self._samplers,
+        }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any], loader: Any) -> "Past":
-        return cls(unpacked(plain["process"]), _generators(loader), list(plain["generators"]))
+        states = unpacked(plain["process"])
+        return cls(states, _generators(loader), list(plain["generators"]), plain["samplers"])
 
 
 def _generators(loader: Any) -> list[Generator]:

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ class TorchCheckpointIO(CheckpointIO):
             if not (refused := re.search(r"GLOBAL (\S+)|got <class '(.+?)'>", str(error))):
                 raise
             raise pickle.UnpicklingError(_refusal(path, refused[1] or refused[2])) from error
+        except (LookupError, EOFError, UnicodeDecodeError, OverflowError, struct.error) as error:  # of torch's parser
+            raise RuntimeError(
+                f"Cannot read {str(path)!r}: it is damaged, or not what `torch.save` writes. "
+                f"{type(error).__name__}: {error}"
+            ) from error
         return checkpoint
 
     def remove_checkpoint(self, path: _PATH) -> None:
