@@ -80,8 +80,7 @@ def test_the_first_ranks_own_exception_ends_the_others(launched_by):
     assert not any(os.path.exists(f"/proc/{pid}") for pid in result.stdout.split())
 
 
-@pytest.mark.parametrize("launcher", ["python", "fabric run"])
-@pytest.mark.parametrize("failing", [[0], [1], [0, 1]])
+@pytest.mark.parametrize(("launcher", "failing"), [("python", [0]), ("python", [1]), ("fabric run", [0, 1])])
 def test_what_is_being_saved_when_a_rank_raises_is_saved(launched_by, programs, launcher, failing):
     script = f"""{LAUNCH}
     from lightning.fabric.plugins import TorchCheckpointIO
